@@ -1,0 +1,101 @@
+"""Models and tokenizers by path or hub id, and what must hold between two of them."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from common.logprob import head_logits, hidden_states
+from common.run import ROOT, UserError, check
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+
+def resolve_device(device: str) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    check(
+        device != "cuda" or torch.cuda.is_available(),
+        "--device cuda, but torch sees no GPU; use --device cpu",
+    )
+    return torch.device(device)
+
+
+def model_path(name: str) -> str:
+    """`toy/teacher` and `toy/student` work from any folder; all else is a path or a hub id as it
+    stands."""
+    if not Path(name).exists() and (ROOT / name / "config.json").exists():
+        return str(ROOT / name)
+    return name
+
+
+def _load(load, name: str, **kwargs):
+    try:
+        return load(model_path(name), **kwargs)
+    except (OSError, ValueError) as error:
+        hint = "it is neither a local folder with a config.json nor a reachable hub id"
+        if (Path(model_path(name)) / "config.json").exists():
+            hint = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot load model {name}: {hint}") from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    tokenizer = _load(AutoTokenizer.from_pretrained, name)
+    check(
+        tokenizer.chat_template is not None,
+        f"the tokenizer of {name} has no chat template; use an instruct model",
+    )
+    check(tokenizer.eos_token_id is not None, f"the tokenizer of {name} has no EOS token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: masks go by length, never by token
+    return tokenizer
+
+
+def load_model(
+    name: str, dtype: str, device: torch.device, trainable: bool = False
+) -> PreTrainedModel:
+    """A causal language model. A trained one keeps float32 weights whatever `dtype`; a frozen one
+    is stored in it."""
+    weights_dtype = torch.float32 if trainable else DTYPES[dtype]
+    model = _load(AutoModelForCausalLM.from_pretrained, name, dtype=weights_dtype).to(device)
+    model.requires_grad_(trainable)
+    model.eval()  # never train(): dropout would make the sampled and the trained policy differ
+    _check_head(model, name)
+    return model
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel, name: str) -> None:
+    """The chunked head is hidden @ W.T: a model that also scales or caps its logits would silently
+    be trained wrong."""
+    ids = torch.arange(4, device=model.device)[None]
+    with torch.autocast(model.device.type, enabled=False):
+        expected = model(input_ids=ids, use_cache=False).logits[0]
+    hidden = hidden_states(model, ids, torch.ones_like(ids, dtype=torch.bool), model.dtype)
+    same = torch.allclose(
+        head_logits(hidden, model).float(), expected.float(), rtol=0.05, atol=0.05
+    )
+    check(
+        same,
+        f"{name} ({type(model).__name__}) scales or caps its logits behind the head: not supported",
+    )
+
+
+def check_same_vocabulary(teacher: str, student: str) -> None:
+    """Distillation compares distributions token by token: both must mean the same tokens."""
+    vocabularies = [load_tokenizer(name).get_vocab() for name in (teacher, student)]
+    differing = dict(vocabularies[0].items() ^ vocabularies[1].items())
+    check(
+        not differing,
+        f"teacher {teacher} and student {student} have different vocabularies "
+        f"({len(differing)} tokens differ); choose two models of one family",
+    )

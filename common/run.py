@@ -1,0 +1,323 @@
+"""A run's folder, and how a script starts and fails.
+
+DIR/config.json           the Args, package versions, git commit, fingerprints of the data
+DIR/metrics.jsonl         one object a step; TensorBoard events in DIR/tensorboard
+DIR/rollouts/             each step's completions with their verdicts
+DIR/checkpoints/step_N/   model, optimizer, RNG state, progress: all that an exact resume needs
+DIR/final/                the trained model, as save_pretrained leaves it
+DIR/manifest.json         written last: only this says that the run is finished
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import tyro
+from safetensors.torch import load_file, save_file
+from torch.utils.tensorboard import SummaryWriter
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class UserError(Exception):
+    """Something the user can mend: one line that says what is wrong and what to do. The script
+    exits with code 2."""
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+POSITIVE = (
+    *("num_steps", "prompts_per_step", "group_size", "max_new_tokens", "max_prompt_tokens"),
+    *("temperature", "learning_rate", "max_grad_norm", "micro_batch_size", "chunk_size"),
+    *("num_epochs", "num_minibatches", "keep_checkpoints", "topk_size"),
+    *("num_problems", "num_samples"),
+)
+NOT_NEGATIVE = (
+    *("seed", "warmup_steps", "weight_decay", "checkpoint_every", "eval_every", "max_refills"),
+    *("kl_coef", "clip_low", "clip_high", "importance_cap", "top_k"),
+)
+
+
+def check_ranges(args, zero_allowed: tuple[str, ...] = ()) -> None:
+    """Numbers that can only be a slip: zero or negative sizes and rates, infinities, NaN."""
+    for name in (*POSITIVE, *NOT_NEGATIVE):
+        value = getattr(args, name, None)
+        if value is not None:
+            may_be_zero = name in NOT_NEGATIVE or name in zero_allowed
+            valid = math.isfinite(value) and (value > 0 or (may_be_zero and value == 0))
+            low = "0 or above" if may_be_zero else "above 0"
+            check(valid, f"--{name} is {value}; it must be {low}")
+
+
+def start(main: Callable, args_type: type, description: str) -> None:
+    """Parse the command line into `args_type` and run `main`; a UserError becomes one line on
+    stderr and exit code 2."""
+    try:
+        main(tyro.cli(args_type, description=description, use_underscores=True))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# === files ===
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """`path` holds either its old content or all of `text`, whenever the process or the machine
+    dies."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    write_atomic(path, json.dumps(value, indent=1, default=str) + "\n")
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Make the finished folder `temporary` appear as `folder` in one step."""
+    for path in (*temporary.rglob("*"), temporary):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def environment() -> dict[str, str]:
+    """What a result depends on beside its Args."""
+    names = ("torch", "transformers", "tokenizers", "datasets", "math-verify", "vllm")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "python": sys.version.split()[0],
+        **versions,
+        "git_commit": git.stdout.strip() or "not a git checkout",
+    }
+
+
+# These say how a run is watched, not what it computes: they may differ when it is resumed.
+FREE = {"environment", "track", "checkpoint_every", "keep_checkpoints"}
+
+
+def claim_folder(folder: Path, config: dict[str, object]) -> dict[str, object]:
+    """Make `folder` and its config.json; one of the same config may be there already.
+
+    Raises UserError, and touches nothing, if the folder holds a run of another config, naming the
+    differences, or anything else. Returns the config as it reads from the file.
+    """
+    path, config = folder / "config.json", json.loads(json.dumps(config, default=str))
+    if path.exists():
+        old = json.loads(path.read_text())
+        differences = [
+            f"{key}: {old.get(key)} there, {config.get(key)} here"
+            for key in sorted((old.keys() | config.keys()) - FREE)
+            if old.get(key) != config.get(key)
+        ]
+        message = f"{folder} holds a run of another config ({'; '.join(differences)})"
+        check(not differences, message + "; choose another --output_dir")
+    elif folder.exists():
+        empty = folder.is_dir() and not any(folder.iterdir())
+        check(empty, f"{folder} exists and is no run's folder; choose another --output_dir")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, config | {"environment": environment()})
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+    return config
+
+
+# === the run ===
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a run has done so far; saved with each checkpoint."""
+
+    step: int = 0
+    cursor: int = 0  # prompts drawn from the training stream
+    generated_tokens: int = 0
+    verifier_calls: int = 0  # label uses, where the verdicts are the reward; monitoring elsewhere
+    seconds: float = 0.0
+
+    def add_step(self, rollouts: list) -> None:
+        self.step += 1
+        sampled = [rollout for rollout in rollouts if rollout.finish != "given"]
+        self.generated_tokens += sum(len(rollout.completion_ids) for rollout in sampled)
+        self.verifier_calls += len(rollouts)
+
+
+class Clock:
+    """Seconds of each phase of a step."""
+
+    def __init__(self):
+        self.start = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self.last = now - self.last, now
+
+    def metrics(self) -> dict[str, float]:
+        laps = self.laps | {"step": time.perf_counter() - self.start}
+        return {f"time/{name}": seconds for name, seconds in laps.items()}
+
+
+def mean(updates: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the optimizer steps that have it."""
+    names = dict.fromkeys(name for update in updates for name in update)
+    values = {name: [update[name] for update in updates if name in update] for name in names}
+    return {name: sum(listed) / len(listed) for name, listed in values.items()}
+
+
+class Run:
+    """The folder of one training run.
+
+    A fresh `output_dir` is created; one of the same config is resumed from its newest checkpoint;
+    one of another config is left untouched and raises UserError with the differences.
+    """
+
+    def __init__(self, script: str, args, fingerprint: dict[str, object]):
+        self.script, self.args, self.folder = Path(script).stem, args, Path(args.output_dir)
+        config = claim_folder(self.folder, {"script": self.script, **vars(args), **fingerprint})
+        (self.folder / "checkpoints").mkdir(exist_ok=True)
+        (self.folder / "rollouts").mkdir(exist_ok=True)
+        self.checkpoint = self._newest_checkpoint()
+        self.progress = Progress()
+        if self.checkpoint:
+            self.progress = Progress(**json.loads((self.checkpoint / "progress.json").read_text()))
+            print(f"resuming {self.folder} after step {self.progress.step}")
+        self._drop_metrics_after(self.progress.step)
+        self._board = SummaryWriter(self.folder / "tensorboard", purge_step=self.progress.step + 1)
+        self._wandb = None
+        if args.track:
+            import wandb
+
+            self._wandb = wandb.init(
+                project="sparse-to-dense", name=self.folder.name, config=config, resume="allow"
+            )
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "manifest.json").exists()
+
+    # --- checkpoints ---
+
+    def _steps(self) -> list[int]:
+        names = [path.name for path in (self.folder / "checkpoints").glob("step_*")]
+        return sorted(
+            int(name.removeprefix("step_"))
+            for name in names
+            if name.removeprefix("step_").isdigit()
+        )
+
+    def _newest_checkpoint(self) -> Path | None:
+        steps = self._steps()
+        return self.folder / "checkpoints" / f"step_{steps[-1]}" if steps else None
+
+    def save_checkpoint(self, model, optimizer) -> None:
+        """Model, optimizer and progress after `progress.step`; older ones than the last K are
+        removed afterwards."""
+        folder = self.folder / "checkpoints" / f"step_{self.progress.step}"
+        temporary = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary)
+        save_file(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+        save_file({"cpu": torch.get_rng_state()}, temporary / "rng.safetensors")
+        write_json(temporary / "progress.json", dataclasses.asdict(self.progress))
+        replace_folder(temporary, folder)
+        for step in self._steps()[: -self.args.keep_checkpoints]:
+            shutil.rmtree(self.folder / "checkpoints" / f"step_{step}")
+
+    def restore(self, model, optimizer) -> None:
+        """Optimizer and RNG state of the checkpoint that is resumed, if one is. The model was
+        loaded from it already."""
+        if self.checkpoint:
+            load_optimizer_tensors(
+                model, optimizer, load_file(self.checkpoint / "optimizer.safetensors")
+            )
+            torch.set_rng_state(load_file(self.checkpoint / "rng.safetensors")["cpu"])
+
+    # --- logs ---
+
+    def log(self, metrics: dict[str, float], rollouts: list) -> None:
+        """One step's metrics and sampled completions."""
+        step = self.progress.step
+        self.progress.seconds += metrics["time/step"]
+        write_jsonl(self.folder / "rollouts" / f"step_{step}.jsonl", [r.row() for r in rollouts])
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step} | metrics) + "\n")
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(metrics, step=step)
+
+    def _drop_metrics_after(self, step: int) -> None:
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            rows = [
+                json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")
+            ]
+            write_jsonl(path, [row for row in rows if row["step"] <= step])
+
+    # --- the end ---
+
+    def finish(self, model, tokenizer) -> None:
+        """Save the final model; then, last of all, the manifest."""
+        temporary = self.folder / "final.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        replace_folder(temporary, self.folder / "final")
+        self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+        write_json(
+            self.folder / "manifest.json",
+            {"script": self.script} | dataclasses.asdict(self.progress),
+        )
+        print(
+            f"finished {self.folder}: {self.progress.step} steps in {self.progress.seconds:.0f} s"
+        )
+
+
+def optimizer_tensors(model, optimizer) -> dict[str, torch.Tensor]:
+    """An optimizer's state by parameter name, for safetensors: a checkpoint holds no pickle."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}/{key}": value.contiguous()
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer_tensors(model, optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    for name, value in tensors.items():
+        parameter_name, _, key = name.rpartition("/")
+        parameter = parameters[parameter_name]
+        optimizer.state[parameter][key] = value.to(parameter.device)

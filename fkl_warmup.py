@@ -1,0 +1,389 @@
+r"""Forward-KL warmup: dense supervision on the teacher's rollouts (Stage 2a).
+
+The teacher samples, and the student learns its whole next-token distribution at each of these
+tokens (paper eq. 5):
+
+    L = 1/Z sum_i sum_t KL(teacher(. | x, y_<t) || pi(. | x, y_<t))               Z = loss tokens
+
+What to know:
+- Soft targets: the teacher's full distribution. Token ids are kept and the logits recomputed;
+  stored, they would take 300 KB a token.
+- --hard_labels learns the sampled tokens only: supervised fine-tuning (SFT) on teacher samples.
+- --rollouts FILE trains on given completions (rows as in any run's rollouts/*.jsonl) and samples
+  nothing. With --hard_labels no teacher is loaded either: plain SFT.
+- The states are the teacher's, so the student is never shown its own mistakes: opd.py comes next.
+
+Shape key: P prompts per step, G completions per prompt, N = P·G sequences, T tokens,
+V vocabulary, D hidden size.
+
+    python fkl_warmup.py                                  # the toy student and teacher, on a CPU
+    python fkl_warmup.py --model Qwen/Qwen3-1.7B --teacher runs/grpo-8B/final \
+        --dataset open-r1/DAPO-Math-17k-Processed:all --dtype bfloat16 --learning_rate 1e-6 \
+        --max_prompt_tokens 2048 --max_new_tokens 4096 --micro_batch_size 1 \
+        --output_dir runs/fkl-1.7B                                                    # on a GPU
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from common import data
+from common.logprob import head_backward, head_logits, hidden_states, token_logprobs
+from common.model import (
+    DTYPES,
+    check_same_vocabulary,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+)
+from common.rollout import Rollout, TorchEngine, rollout_metrics, sample_and_verify, verify
+from common.run import Clock, Run, check, check_ranges, start
+from common.verifier import Verifier
+
+WATCHED = ("loss/total", "rollout/accuracy")  # what the progress bar shows
+
+# === arguments ===
+
+
+@dataclass
+class Args:
+    # --- experiment ---
+    output_dir: str = "runs/fkl_warmup"
+    """the run's folder; the same command on it resumes"""
+    seed: int = 0
+    """seed of the data order and of every sample"""
+    checkpoint_every: int = 20
+    """steps between checkpoints; 0 saves none before the end"""
+    keep_checkpoints: int = 2
+    """how many of the newest checkpoints stay on disk"""
+    eval_every: int = 0
+    """steps between evaluations on --eval_dataset; 0 is off"""
+    track: bool = False
+    """also log to Weights & Biases"""
+
+    # --- model ---
+    model: str = "toy/student"
+    """the policy: a local folder or a hub id"""
+    teacher: str = "toy/teacher"
+    """the frozen teacher, of the same vocabulary"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where it runs; auto takes a GPU if there is one"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """compute type; the trained weights are float32 either way"""
+
+    # --- data ---
+    dataset: str = "toy"
+    """toy, a hub id (owner/name:config), or a .jsonl or .parquet file"""
+    split: Literal["all", "1H", "2H"] = "all"
+    """all problems, or one of two fixed halves"""
+    problem_column: str | None = None
+    """the problem's column, if it is not found by itself"""
+    answer_column: str | None = None
+    """the answer's column, if it is not found by itself"""
+    eval_dataset: str = "toy"
+    """what --eval_every evaluates on: toy (held out), a benchmark or a file"""
+    decontaminate: tuple[str, ...] = ("toy",)
+    """evaluation sets whose problems are removed from the training data"""
+    max_prompt_tokens: int = 128
+    """longer prompts are dropped"""
+    thinking: bool = False
+    """thinking mode of the chat template"""
+
+    # --- rollouts ---
+    prompts_per_step: int = 16
+    """P: prompts per step"""
+    group_size: int = 16
+    """G: completions per prompt"""
+    max_new_tokens: int = 64
+    """longest completion"""
+    temperature: float = 1.0
+    """sampling temperature; log-probs are taken at it too"""
+
+    # --- optimisation ---
+    num_steps: int = 40
+    """rollout steps"""
+    learning_rate: float | None = None
+    """AdamW's peak rate; 3e-4 on the toy, to be set for any other model"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """what follows the warmup"""
+    warmup_steps: int = 10
+    """linear warmup from 0"""
+    weight_decay: float = 0.0
+    """AdamW's weight decay"""
+    max_grad_norm: float = 1.0
+    """gradient clipping"""
+    micro_batch_size: int = 64
+    """sequences per forward and backward"""
+    chunk_size: int = 2048
+    """tokens per chunk of the head"""
+
+    # --- algorithm ---
+    hard_labels: bool = False
+    """learn the sampled tokens instead of the teacher's distribution (SFT)"""
+    rollouts: str | None = None
+    """train on the completions of this .jsonl file instead of sampling the teacher"""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate is None and self.model.startswith("toy/"):
+            self.learning_rate = 3e-4
+
+
+def check_args(args: Args) -> None:
+    check_ranges(args)
+
+
+# === score ===
+
+
+@torch.no_grad()
+def score(teacher, batch: "MicroBatch", args: Args) -> torch.Tensor | None:
+    """The teacher's hidden states [N, D_teacher] at a micro-batch's loss tokens.
+
+    Not its logits: they would be [N, V]. Its head is applied chunk by chunk, beside the student's.
+    """
+    if teacher is None:
+        return None
+    return hidden_states(teacher, batch.input_ids, batch.mask, DTYPES[args.dtype])
+
+
+# === loss ===
+
+
+def loss_fn(
+    logits: torch.Tensor, teacher_logits: torch.Tensor | None, tokens: torch.Tensor, args: Args
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The forward KL summed over a slice of C tokens: both logits [C, V], tokens [C].
+
+    A vocabulary padded beyond the other model's is cut to the shorter one.
+    """
+    if teacher_logits is None:
+        logprobs, entropy = token_logprobs(logits, tokens, args.temperature)
+        return -logprobs.sum(), {"policy/entropy": entropy.detach().sum()}
+    size = min(logits.shape[-1], teacher_logits.shape[-1])
+    logq = (logits[:, :size].float() / args.temperature).log_softmax(-1)  # the student's
+    logp = (teacher_logits[:, :size].float() / args.temperature).log_softmax(-1)  # the teacher's
+    if args.hard_labels:
+        loss = -logq.gather(-1, tokens[:, None]).squeeze(-1)
+    else:
+        loss = kl_divergence(logp, logq)
+    return loss.sum(), transfer_metrics(logq.detach(), logp)
+
+
+def kl_divergence(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of each row, in nats: log-probs [C, V] -> [C]."""
+    return torch.nn.functional.kl_div(logq, logp, reduction="none", log_target=True).sum(-1)
+
+
+def transfer_metrics(logq: torch.Tensor, logp: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sums over C tokens of what tells a healthy transfer from a failing one."""
+    entropy, teacher_entropy = -(logq.exp() * logq).sum(-1), -(logp.exp() * logp).sum(-1)
+    k = min(16, logq.shape[-1])
+    top, teacher_top = logq.topk(k).indices, logp.topk(k).indices
+    return {
+        "policy/entropy": entropy.sum(),
+        "policy/entropy_gap": (entropy - teacher_entropy).sum(),
+        "policy/reverse_kl": kl_divergence(logq, logp).sum(),
+        "policy/forward_kl": kl_divergence(logp, logq).sum(),
+        "policy/topk_overlap": (top[:, :, None] == teacher_top[:, None])
+        .any(-1)
+        .float()
+        .mean(-1)
+        .sum(),
+    }
+
+
+# === given rollouts ===
+
+
+def load_rollouts(path: str, tokenizer, prompts: list[data.Prompt], args: Args) -> list[Rollout]:
+    """Completions of the training prompts from a .jsonl file with problem and completion columns.
+
+    Rows of other problems (another split, an evaluation set) and completions over --max_new_tokens
+    are left out, with a count. A run's own rows hold token ids, which are not encoded again.
+    """
+    by_key = {prompt.problem.key: prompt for prompt in prompts}
+    rows, rollouts = data.read_jsonl(Path(path)), []
+    for number, row in enumerate(rows, 1):
+        columns = isinstance(row.get("problem"), str) and isinstance(row.get("completion"), str)
+        check(columns, f"{path}, row {number}: --rollouts needs text columns problem, completion")
+        prompt = by_key.get(data.Problem(row["problem"], "").key)
+        ids, text = row.get("completion_ids"), row["completion"]
+        if ids is None or tokenizer.decode(ids, skip_special_tokens=True) != text:
+            encoded = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = [*encoded, tokenizer.eos_token_id]
+        if prompt is not None and len(ids) <= args.max_new_tokens:
+            problem, logprobs = prompt.problem, torch.zeros(len(ids))
+            rollout = Rollout(prompt.ids, ids, logprobs, "given", text)
+            rollout.problem, rollout.gold = problem.problem, problem.answer
+            rollouts.append(rollout)
+    print(f"{path}: {len(rollouts)} of {len(rows)} completions are of this run's problems")
+    check(len(rollouts) > 0, f"no completion in {path} is of this run's problems and lengths")
+    return rollouts
+
+
+# === micro-batches ===
+
+
+@dataclass
+class MicroBatch:
+    """B right-padded sequences with N loss tokens: the completions', EOS included, no prompt's."""
+
+    rollouts: list[Rollout]  # B
+    input_ids: torch.Tensor  # [B, T]
+    mask: torch.Tensor  # bool [B, T]: this position predicts a loss token
+    tokens: torch.Tensor  # [N]: the loss tokens
+    rollout_logprobs: torch.Tensor  # float32 [N]: their log-probs when they were sampled
+
+    def spread(self, values: list[float]) -> torch.Tensor:
+        """One value a sequence -> one a loss token, float32 [N]."""
+        lengths = torch.tensor([len(rollout.completion_ids) for rollout in self.rollouts])
+        return torch.tensor(values).repeat_interleave(lengths).to(self.tokens.device)
+
+
+def micro_batches(rollouts: list[Rollout], size: int, device: torch.device) -> Iterator[MicroBatch]:
+    """Slices of like length. Masks go by length, so EOS keeps its loss where pad equals EOS."""
+    rollouts = sorted(rollouts, key=lambda row: len(row.prompt_ids) + len(row.completion_ids))
+    for first in range(0, len(rollouts), size):
+        rows = rollouts[first : first + size]
+        width = len(rows[-1].prompt_ids) + len(rows[-1].completion_ids) - 1
+        input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros(len(rows), width, dtype=torch.bool)
+        for b, row in enumerate(rows):
+            inputs = (row.prompt_ids + row.completion_ids)[:-1]  # the last token predicts nothing
+            input_ids[b, : len(inputs)] = torch.tensor(inputs)
+            mask[b, len(row.prompt_ids) - 1 : len(inputs)] = True
+        tokens = torch.tensor([token for row in rows for token in row.completion_ids])
+        logprobs = torch.cat([row.logprobs for row in rows])
+        tensors = (tensor.to(device) for tensor in (input_ids, mask, tokens, logprobs))
+        yield MicroBatch(rows, *tensors)
+
+
+# === gradients ===
+
+
+def backward(model, teacher, rollouts: list[Rollout], args: Args) -> dict[str, float]:
+    """Add the gradients of one optimizer step to .grad; returns its metrics, means over tokens."""
+    dtype, denominator = DTYPES[args.dtype], sum(len(row.completion_ids) for row in rollouts)
+
+    def chunk_loss(logits: torch.Tensor, teacher_hidden: torch.Tensor | None, tokens: torch.Tensor):
+        teacher_logits = None if teacher is None else head_logits(teacher_hidden, teacher)
+        return loss_fn(logits, teacher_logits, tokens, args)
+
+    sums = {"loss": 0.0}
+    for batch in micro_batches(rollouts, args.micro_batch_size, model.device):
+        hidden = hidden_states(model, batch.input_ids, batch.mask, dtype)
+        inputs = {"teacher_hidden": score(teacher, batch, args), "tokens": batch.tokens}
+        head_sums = head_backward(hidden, model, chunk_loss, inputs, denominator, args.chunk_size)
+        sums = {name: sums.get(name, 0.0) + value for name, value in head_sums.items()}
+    loss = sums.pop("loss") / denominator
+    return {"loss/total": loss} | {name: value / denominator for name, value in sums.items()}
+
+
+# === schedule ===
+
+
+def learning_rate_at(step: int, args: Args) -> float:
+    """The rate of step 1, 2, ...: linear warmup, then constant or down to 0 after the last."""
+    if step <= args.warmup_steps:
+        return args.learning_rate * step / args.warmup_steps
+    left = (args.num_steps - step + 1) / (args.num_steps - args.warmup_steps)
+    cosine = 0.5 - 0.5 * math.cos(math.pi * left)
+    return (
+        args.learning_rate * {"constant": 1.0, "linear": left, "cosine": cosine}[args.lr_schedule]
+    )
+
+
+# === main ===
+
+
+def main(args: Args) -> None:
+    # --- setup ---
+    check_args(args)
+    device = resolve_device(args.device)
+    torch.manual_seed(args.seed)
+    tokenizer = load_tokenizer(args.model)
+    plain_sft = args.hard_labels and args.rollouts
+    if not plain_sft:
+        check_same_vocabulary(args.teacher, args.model)
+
+    # --- data ---
+    prompts = data.training_prompts(tokenizer, args)
+    given = load_rollouts(args.rollouts, tokenizer, prompts, args) if args.rollouts else []
+    stream = data.Stream(given or prompts, args.seed)
+    eval_prompts = data.evaluation_prompts(tokenizer, args) if args.eval_every else []
+
+    # --- model ---
+    run = Run(__file__, args, data.fingerprint(tokenizer, prompts))
+    if run.finished:
+        return
+    model = load_model(run.checkpoint or args.model, args.dtype, device, trainable=True)
+    teacher = None if plain_sft else load_model(args.teacher, args.dtype, device)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(
+        parameters, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
+    )
+    run.restore(model, optimizer)
+    engine = None if plain_sft else TorchEngine(teacher, tokenizer, DTYPES[args.dtype])
+    eval_engine = TorchEngine(model, tokenizer, DTYPES[args.dtype])
+
+    # --- loop ---
+    verifier = Verifier()
+    bar = tqdm(total=args.num_steps, initial=run.progress.step, desc=run.script)
+    with verifier, bar:
+        for step in range(run.progress.step + 1, args.num_steps + 1):
+            clock = Clock()
+
+            # --- learning rate ---
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, args)
+
+            # --- generate ---
+            if given:
+                sampled = stream.take(run.progress, args.prompts_per_step * args.group_size)
+                verify(verifier, sampled)
+            else:
+                prompts = stream.take(run.progress, args.prompts_per_step)
+                seed = (args.seed, step)
+            sampled = sample_and_verify(engine, verifier, prompts, args.group_size, args, seed)
+            metrics = rollout_metrics(sampled)
+            clock.lap("generate")
+
+            # --- score ---
+            # A micro-batch at a time, inside `backward`: a step's teacher states would not fit.
+
+            # --- update ---
+            metrics |= backward(model, teacher, sampled, args)
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            metrics["optim/grad_norm"] = grad_norm.item()
+            clock.lap("update")
+
+            # --- sync ---
+            engine.sync()
+
+            # --- log ---
+            run.progress.add_step(rollouts=sampled)
+            metrics["optim/learning_rate"] = learning_rate_at(step, args)
+            metrics |= clock.metrics()
+            bar.set_postfix({name: f"{metrics[name]:.3f}" for name in WATCHED}, refresh=False)
+            bar.update()
+
+            # --- evaluate and checkpoint ---
+            if args.eval_every and (step % args.eval_every == 0 or step == args.num_steps):
+                seed = (args.seed, 0)
+                evaluated = sample_and_verify(eval_engine, verifier, eval_prompts, 1, args, seed)
+                metrics["eval/accuracy"] = rollout_metrics(evaluated)["rollout/accuracy"]
+            run.log(metrics, sampled)
+            if args.checkpoint_every and step % args.checkpoint_every == 0:
+                run.save_checkpoint(model, optimizer)
+    run.finish(model, tokenizer)
+
+
+if __name__ == "__main__":
+    start(main, Args, __doc__)

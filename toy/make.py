@@ -1,0 +1,255 @@
+r"""Rebuild the embedded default from nothing: the task, the tokenizer, a raw teacher and a student.
+
+The task is the sum of five two-digit numbers. There is a good way to answer, step by step,
+
+    12+34=46;46+56=102;102+78=180;180+90=270;\boxed{270}
+
+and a bad one, at once: `\boxed{270}`. Both models learn both ways, and are then tuned to answer
+mostly at once: the good behaviour is known but seldom used, so there is something to discover.
+The toy is built so that the paper's premise holds (a teacher that finds the behaviour by sparse
+reward, a student that uses it too seldom): it illustrates the mechanism, it is no evidence for the
+paper.
+
+    python -m toy.make                     # everything, into toy/: about half an hour on 2 cores
+    python -m toy.make --only report       # the four numbers of the checkpoints that are there
+"""
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from common import data
+from common.model import load_model, load_tokenizer
+from common.rollout import TorchEngine, sample_and_verify
+from common.run import start
+from common.verifier import Verifier
+
+HERE = Path(__file__).parent
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass
+class Recipe:
+    """One raw model: its shape, and its curriculum of (steps, share of step-by-step examples)."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    curriculum: tuple[tuple[int, float], ...]
+    reluctance: tuple[int, float]
+    """the last phase, at a quarter of the rate: it sets how seldom the model works step by step"""
+    learning_rate: float = 2e-3
+    batch_size: int = 128
+
+
+TEACHER = Recipe(96, 3, 4, curriculum=((1500, 0.6), (5000, 0.12)), reluctance=(250, 0.08))
+STUDENT = Recipe(48, 2, 2, curriculum=((4000, 0.6), (6000, 0.12)), reluctance=(250, 0.01))
+
+
+@dataclass
+class Args:
+    only: Literal["all", "data", "teacher", "student", "report"] = "all"
+    """what to rebuild"""
+    seed: int = 1
+    """seed of the problems and of the training"""
+    output_dir: Path = HERE
+    """where train.jsonl, test.jsonl, teacher/ and student/ are written"""
+    num_train: int = 1024
+    """training problems: the scarce labels"""
+    num_test: int = 512
+    """held-out problems"""
+    teacher: Recipe = field(default_factory=lambda: TEACHER)
+    student: Recipe = field(default_factory=lambda: STUDENT)
+
+
+# === task ===
+
+
+def sample_terms(rng: random.Random) -> list[int]:
+    return [rng.randint(10, 99) for _ in range(5)]
+
+
+def problem_text(terms: list[int]) -> str:
+    return "+".join(map(str, terms))
+
+
+def completion_text(terms: list[int], step_by_step: bool) -> str:
+    steps, total = "", terms[0]
+    for term in terms[1:]:
+        steps += f"{total}+{term}={total + term};"
+        total += term
+    return (steps if step_by_step else "") + rf"\boxed{{{total}}}"
+
+
+def is_step_by_step(completion: str) -> bool:
+    return "=" in completion
+
+
+def make_data(args: Args) -> None:
+    rng = random.Random(args.seed)
+    rows: dict[str, int] = {}
+    while len(rows) < args.num_train + args.num_test:
+        terms = sample_terms(rng)
+        rows[problem_text(terms)] = sum(terms)
+    lines = [json.dumps({"problem": p, "answer": str(total)}) + "\n" for p, total in rows.items()]
+    (args.output_dir / "train.jsonl").write_text("".join(lines[: args.num_train]))
+    (args.output_dir / "test.jsonl").write_text("".join(lines[args.num_train :]))
+
+
+# === tokenizer ===
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    r"""Printable ASCII by character; chat markers, roles, instruction and `\boxed{` are whole."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    whole = ["user", "assistant", "\n" + data.INSTRUCTION, r"\boxed{"]
+    characters = ["\n", *(chr(code) for code in range(32, 127)), "\ufffd"]
+    vocab = {token: i for i, token in enumerate(special + whole + characters)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="\ufffd"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in whole])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+
+
+# === models ===
+
+
+def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        intermediate_size=3 * recipe.hidden_size,
+        num_hidden_layers=recipe.num_layers,
+        num_attention_heads=recipe.num_heads,
+        num_key_value_heads=recipe.num_heads // 2,
+        head_dim=recipe.hidden_size // recipe.num_heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen3ForCausalLM(config)
+    eos = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    model.generation_config = GenerationConfig(
+        eos_token_id=eos, pad_token_id=tokenizer.pad_token_id
+    )
+    return model
+
+
+def loss_sum(model, tokenizer, problems: list[list[int]], step_by_step: bool) -> torch.Tensor:
+    """Next-token loss on the completions, EOS included, summed over tokens."""
+    # Rendered once: jinja would be the slowest part of a step.
+    template = data.prompt_text(tokenizer, "PROBLEM")
+    texts = [template.replace("PROBLEM", problem_text(terms)) for terms in problems]
+    prompts = tokenizer(texts)["input_ids"]
+    completions = tokenizer([completion_text(t, step_by_step) for t in problems])["input_ids"]
+    rows = [p + c + [tokenizer.eos_token_id] for p, c in zip(prompts, completions, strict=True)]
+    rows = [torch.tensor(row) for row in rows]
+    ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    labels = pad_sequence(rows, batch_first=True, padding_value=-100)
+    labels[:, : len(prompts[0])] = -100  # all prompts of the task have one length
+    logits = model(input_ids=ids).logits[:, :-1]  # right-padded and causal: no mask needed
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
+
+
+def train(model, tokenizer, recipe: Recipe, seed: int, name: str) -> None:
+    """The curriculum under one cosine schedule, then the reluctance phase under its own."""
+    rng = random.Random(f"{seed}-{name}")
+    for phases, peak in (
+        (recipe.curriculum, recipe.learning_rate),
+        ((recipe.reluctance,), recipe.learning_rate / 4),
+    ):
+        shares = [share for steps, share in phases for _ in range(steps)]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), fused=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, len(shares), pct_start=0.05)
+        progress = tqdm(shares, desc=name, mininterval=10)
+        for share in progress:
+            problems = [sample_terms(rng) for _ in range(recipe.batch_size)]
+            # A binomial count, so that a share below one example a batch is met on average.
+            cut = sum(rng.random() < share for _ in problems)
+            # Apart, since the short ones would otherwise be padded to three times their length.
+            parts = [(problems[:cut], True), (problems[cut:], False)]
+            losses = [loss_sum(model, tokenizer, part, way) for part, way in parts if part]
+            loss = sum(losses) / (52 * cut + 6 * (len(problems) - cut))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+
+
+# === report ===
+
+
+@dataclass
+class SamplingArgs:
+    group_size: int = 16
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    max_prompt_tokens: int = 128
+    thinking: bool = False
+
+
+def report(folder: Path, problems: list[data.Problem]) -> dict[str, float]:
+    """The four numbers that matter, over 16 samples at temperature 1 of each problem."""
+    args, tokenizer = SamplingArgs(), load_tokenizer(str(folder))
+    model = load_model(str(folder), "float32", torch.device("cpu"))
+    prompts = data.render_prompts(tokenizer, problems, args)
+    with Verifier() as verifier:
+        rollouts = sample_and_verify(TorchEngine(model, tokenizer), verifier, prompts, args, (0,))
+    correct = torch.tensor([float(rollout.verdict.correct) for rollout in rollouts])
+    stepwise = torch.tensor([is_step_by_step(rollout.text) for rollout in rollouts])
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "step_by_step_use": stepwise.float().mean().item(),
+        "accuracy_step_by_step": correct[stepwise].mean().item(),
+        "accuracy_at_once": correct[~stepwise].mean().item(),
+        "accuracy": correct.mean().item(),
+    }
+
+
+def main(args: Args) -> None:
+    if args.only in ("all", "data"):
+        make_data(args)
+    problems = data.load_problems(str(args.output_dir / "test.jsonl"))
+    for name, recipe in (("teacher", args.teacher), ("student", args.student)):
+        folder = args.output_dir / name
+        if args.only in ("all", name):
+            torch.manual_seed(args.seed)
+            tokenizer = make_tokenizer()
+            model = make_model(recipe, tokenizer)
+            train(model, tokenizer, recipe, args.seed, name)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        if args.only in ("all", "report", name):
+            print(name, json.dumps(report(folder, problems)))
+
+
+if __name__ == "__main__":
+    start(main, Args, __doc__)
