@@ -18,7 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -45,18 +45,28 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where every stage runs"""
 
-    # The following replace the preset's value in every stage that has it.
     num_steps: int | None = None
+    """instead of the preset's, in every training stage (as the next four)"""
     prompts_per_step: int | None = None
+    """prompts per step"""
     group_size: int | None = None
+    """completions per prompt"""
     micro_batch_size: int | None = None
-    max_prompt_tokens: int | None = None
-    max_new_tokens: int | None = None
+    """sequences per forward and backward"""
     learning_rate: float | None = None
+    """AdamW's peak rate"""
     num_minibatches: int | None = None
-    num_samples: int | None = None
-    num_problems: int | None = None
+    """instead of the preset's, in the GRPO stages"""
+    max_prompt_tokens: int | None = None
+    """instead of the preset's, in every stage (as the next two)"""
+    max_new_tokens: int | None = None
+    """longest completion"""
     dtype: Literal["float32", "bfloat16"] | None = None
+    """compute type"""
+    num_samples: int | None = None
+    """instead of the preset's, in the evaluations: completions per problem"""
+    num_problems: int | None = None
+    """take the first problems of each benchmark only"""
 
 
 # === presets ===
@@ -64,94 +74,77 @@ class Args:
 
 @dataclass(frozen=True)
 class Setting:
-    """A flag's value and who says so: the paper, the authors' public scripts, or this project."""
+    """A flag's value and who says so: the paper, its authors' public scripts, we, or the user."""
 
     value: object
-    source: Literal["paper", "authors' scripts", "ours"]
+    source: Literal["paper", "authors' scripts", "ours", "command line"]
+    note: str = ""
 
 
-def paper(value: object) -> Setting:
-    return Setting(value, "paper")
+def paper(value: object, note: str = "") -> Setting:
+    return Setting(value, "paper", note)
 
 
-def scripts(value: object) -> Setting:
-    return Setting(value, "authors' scripts")
+def scripts(value: object, note: str = "") -> Setting:
+    return Setting(value, "authors' scripts", note)
 
 
-def ours(value: object) -> Setting:
-    return Setting(value, "ours")
+def ours(value: object, note: str = "") -> Setting:
+    return Setting(value, "ours", note)
 
 
-Preset = dict[str, dict[str, Setting]]
+Preset = dict[str, dict[str, Setting]]  # kind of stage -> flag -> setting
 
-# Teacher GRPO takes as many steps as warmup and OPD together, so that the cold baseline, which has
-# the label uses of both GRPO stages, has the bridge's student updates too.
+TOY_SIZES = {"prompts_per_step": ours(16), "group_size": ours(16)}
 TOY: Preset = {
-    "teacher_grpo": {
-        "num_steps": ours(40),
+    "teacher_grpo": TOY_SIZES
+    | {
+        "num_steps": ours(40, "as many as warmup and OPD, so that cold GRPO gets as many updates"),
         "learning_rate": ours(2e-4),
-        "prompts_per_step": ours(16),
-        "group_size": ours(16),
     },
-    "fkl_warmup": {
-        "num_steps": ours(15),
-        "learning_rate": ours(5e-4),
-        "prompts_per_step": ours(16),
-        "group_size": ours(16),
-    },
-    "opd": {
-        "num_steps": ours(25),
-        "learning_rate": ours(3e-4),
-        "prompts_per_step": ours(16),
-        "group_size": ours(16),
-    },
-    "student_grpo": {
-        "num_steps": ours(20),
-        "learning_rate": ours(3e-4),
-        "prompts_per_step": ours(16),
-        "group_size": ours(16),
-    },
-    "evaluate": {"num_samples": paper(16), "temperature": ours(1.0)},
+    "fkl_warmup": TOY_SIZES | {"num_steps": ours(15), "learning_rate": ours(5e-4)},
+    "opd": TOY_SIZES | {"num_steps": ours(25), "learning_rate": ours(3e-4)},
+    "student_grpo": TOY_SIZES | {"num_steps": ours(20), "learning_rate": ours(3e-4)},
+    "evaluate": {"num_samples": paper(16), "temperature": ours(1.0, "as in training")},
 }
 
-REAL_GRPO = {
+REAL_SHARED = {
     "dtype": paper("bfloat16"),
     "learning_rate": paper(1e-6),
+    "max_new_tokens": paper(16384),
+    "chunk_size": ours(1024, "tokens of the head at once: 0.6 GB of float32 logits at 152k words"),
+    "warmup_steps": ours(10),
+}
+REAL_GRPO = REAL_SHARED | {
+    "num_steps": ours(660, "the paper's 10 epochs of a half of DAPO, about 8,450 problems"),
+    "prompts_per_step": ours(128),
+    "num_minibatches": ours(16, "the paper's mini-batch of 8, taken as prompts"),
+    "group_size": scripts(8),
+    "temperature": scripts(1.0),
+    "max_prompt_tokens": paper(3072),
+    "micro_batch_size": paper(1),
     "max_grad_norm": paper(1.0),
     "clip_low": paper(0.2),
     "clip_high": paper(0.2),
     "kl_coef": paper(5e-4),
-    "max_prompt_tokens": paper(3072),
-    "max_new_tokens": paper(16384),
-    "micro_batch_size": paper(1),
-    "num_steps": ours(660),  # the paper's 10 epochs of a half, about 8,450 problems
-    "prompts_per_step": ours(128),
-    "num_minibatches": ours(16),  # the paper's mini-batch of 8, if it counts prompts
-    "group_size": scripts(8),
-    "temperature": scripts(1.0),
-    "warmup_steps": ours(10),
 }
-REAL_TRANSFER = {
-    "dtype": paper("bfloat16"),
-    "learning_rate": paper(1e-6),
-    "max_prompt_tokens": paper(2048),
-    "max_new_tokens": paper(16384),
-    "micro_batch_size": paper(4),
-    "prompts_per_step": paper(64),
+REAL_TRANSFER = REAL_SHARED | {
+    "prompts_per_step": paper(64, "its mini-batch, taken as prompts"),
     "group_size": paper(8),
     "temperature": paper(1.0),
-    "warmup_steps": ours(10),
+    "max_prompt_tokens": paper(2048),
+    "micro_batch_size": paper(4),
 }
 REAL: Preset = {
     "teacher_grpo": REAL_GRPO,
-    "fkl_warmup": REAL_TRANSFER | {"num_steps": ours(33)},  # a quarter of an epoch
-    "opd": REAL_TRANSFER | {"num_steps": ours(132)},  # the paper's 1 epoch of a half
+    "fkl_warmup": REAL_TRANSFER | {"num_steps": ours(33, "a quarter of an epoch of a half")},
+    "opd": REAL_TRANSFER | {"num_steps": ours(132, "the paper's 1 epoch of a half")},
     "student_grpo": REAL_GRPO,
     "evaluate": {
         "dtype": paper("bfloat16"),
         "num_samples": paper(16),
         "max_new_tokens": paper(16384),
-        "max_prompt_tokens": ours(3072),
+        "max_prompt_tokens": paper(3072),
         "temperature": scripts(0.7),
         "top_p": scripts(0.8),
         "top_k": scripts(20),
@@ -164,21 +157,28 @@ REAL: Preset = {
 
 @dataclass
 class Stage:
-    """One child process: script, settings, and where its result is."""
+    """One child process: its flags, and what the report needs to know of an evaluation."""
 
     name: str
     script: str
     folder: Path
-    settings: dict[str, Setting]
-    title: str = ""  # of an evaluation: what the report calls the model
-    route: str = ""  # of an evaluation: which line of the report it belongs to
-    trained_by: tuple[str, ...] = field(default=())  # of an evaluation: the stages behind its model
+    wiring: dict[str, object]  # flags that follow from the route
+    settings: dict[str, Setting]  # flags that someone chose
+    title: str = ""  # what the report calls the evaluated model
+    route: str = ""
+    trained_by: tuple[str, ...] = ()  # the stages behind it
+
+    @property
+    def flags(self) -> dict[str, object]:
+        return self.wiring | {name: setting.value for name, setting in self.settings.items()}
 
     @property
     def command(self) -> list[str]:
-        flags = {name: setting.value for name, setting in self.settings.items()}
-        words = [[f"--{name}", *_words(value)] for name, value in flags.items()]
-        return ["python", self.script, *(word for flag in words for word in flag)]
+        words = ["python", self.script]
+        for name, value in self.flags.items():
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{name}", *map(str, values)]
+        return words
 
     @property
     def manifest(self) -> Path:
@@ -189,99 +189,97 @@ class Stage:
         return str(self.folder / "final")
 
 
-def _words(value: object) -> list[str]:
-    return [str(item) for item in value] if isinstance(value, tuple | list) else [str(value)]
+# Flags of bridge.py that replace a preset's value in every stage whose script has them.
+EVERYWHERE = ("max_prompt_tokens", "max_new_tokens", "dtype")
+TRAINING = ("num_steps", "prompts_per_step", "group_size", "micro_batch_size", "learning_rate")
+GRPO_ONLY = ("num_minibatches",)
+EVALUATION = ("num_samples", "num_problems")
 
 
 def fill_in(args: Args) -> Preset:
-    """Set what depends on the teacher, and return the preset with the command line's overrides."""
+    """Set what follows from the teacher; returns the preset under the command line's overrides."""
     toy = args.teacher.startswith("toy/")
     if args.student is None:
-        check(
-            toy or args.teacher.startswith("Qwen/Qwen3-"),
-            f"there is no default student for teacher {args.teacher}; set --student",
-        )
+        known = toy or args.teacher.startswith("Qwen/Qwen3-")
+        check(known, f"there is no default student for teacher {args.teacher}; set --student")
         args.student = "toy/student" if toy else "Qwen/Qwen3-1.7B"
     args.dataset = args.dataset or ("toy" if toy else "open-r1/DAPO-Math-17k-Processed:all")
     args.benchmarks = args.benchmarks or (("toy",) if toy else ("math500", "aime24", "aime25"))
     args.output_dir = args.output_dir or f"runs/bridge-{Path(args.teacher).name}"
-    preset = {kind: dict(settings) for kind, settings in (TOY if toy else REAL).items()}
-    for settings in preset.values():
-        for name in list(settings) + [
-            "dtype",
-            "max_prompt_tokens",
-            "max_new_tokens",
-            "num_problems",
-        ]:
-            value = getattr(args, name, None)
-            if value is not None and (name != "num_problems" or "num_samples" in settings):
-                settings[name] = ours(value)
+    preset: Preset = {}
+    for kind, settings in (TOY if toy else REAL).items():
+        names = EVERYWHERE + (EVALUATION if kind == "evaluate" else TRAINING)
+        names += GRPO_ONLY if kind.endswith("grpo") else ()
+        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        overrides = {name: Setting(value, "command line") for name, value in given.items()}
+        preset[kind] = settings | overrides
     return preset
 
 
 def plan(args: Args, preset: Preset) -> list[Stage]:
-    """The stages in order. A stage's name is its folder's."""
+    """The stages in order."""
     root = Path(args.output_dir) / f"seed_{args.seed}"
-    # A hub dataset may overlap any benchmark; a local file is the user's own business.
-    hub = "/" in args.dataset and not Path(args.dataset).exists()
-    held_out = dict.fromkeys((*args.benchmarks, *(BENCHMARKS if hub else ())))
+    # A dataset of the hub may overlap any benchmark; a local file is its owner's business.
+    from_hub = args.dataset != "toy" and not args.dataset.endswith((".jsonl", ".parquet"))
+    held_out = tuple(dict.fromkeys((*args.benchmarks, *(BENCHMARKS if from_hub else ()))))
     stages: list[Stage] = []
 
-    def train(name: str, kind: str, script: str, model: str, split: str, **own: object) -> Stage:
-        given = {"model": model, **own, "dataset": args.dataset, "split": split}
-        given |= {"decontaminate": tuple(held_out), "eval_dataset": args.benchmarks[0]}
-        given |= {"seed": args.seed, "device": args.device, "output_dir": root / name}
-        settings = {flag: ours(value) for flag, value in given.items()} | preset[kind]
-        if "num_steps" in own:
-            settings["num_steps"] = ours(own["num_steps"])
-        stages.append(Stage(name, script, root / name, settings))
+    def train(name: str, kind: str, script: str, model: str, split: str, **own) -> Stage:
+        wiring = {"model": model, **own, "dataset": args.dataset, "split": split}
+        wiring |= {"decontaminate": held_out, "eval_dataset": args.benchmarks[0]}
+        wiring |= {"seed": args.seed, "device": args.device, "output_dir": str(root / name)}
+        stages.append(Stage(name, script, root / name, wiring, dict(preset[kind])))
         return stages[-1]
 
-    def evaluate(name: str, model: str, title: str, route: str, *trained_by: Stage) -> None:
-        given = {"model": model, "benchmarks": args.benchmarks, "seed": args.seed}
-        given |= {"device": args.device, "output_dir": root / name}
-        settings = {flag: ours(value) for flag, value in given.items()} | preset["evaluate"]
-        behind = tuple(stage.name for stage in trained_by)
-        stages.append(Stage(name, "evaluate.py", root / name, settings, title, route, behind))
+    def evaluate(name: str, model: str, title: str, route: str, *behind: Stage) -> None:
+        wiring = {"model": model, "benchmarks": args.benchmarks, "seed": args.seed}
+        wiring |= {"device": args.device, "output_dir": str(root / name)}
+        names = tuple(stage.name for stage in behind)
+        stage = Stage(name, "evaluate.py", root / name, wiring, preset["evaluate"])
+        stage.title, stage.route, stage.trained_by = title, route, names
+        stages.append(stage)
 
     evaluate("eval_student", args.student, "untrained student", "models")
     evaluate("eval_teacher", args.teacher, "raw teacher", "models")
     teacher = train("teacher_grpo", "teacher_grpo", "grpo.py", args.teacher, "1H")
     evaluate("eval_teacher_grpo", teacher.final, "RL teacher (1H)", "models", teacher)
-    warmup = train(
-        "fkl_warmup", "fkl_warmup", "fkl_warmup.py", args.student, "1H", teacher=teacher.final
-    )
+    target = {"teacher": teacher.final}
+    warmup = train("fkl_warmup", "fkl_warmup", "fkl_warmup.py", args.student, "1H", **target)
     evaluate("eval_fkl_warmup", warmup.final, "bridge: FKL warmup (1H)", "half", teacher, warmup)
-    opd = train("opd", "opd", "opd.py", warmup.final, "1H", teacher=teacher.final)
+    opd = train("opd", "opd", "opd.py", warmup.final, "1H", **target)
     evaluate("eval_opd", opd.final, "bridge: + OPD (1H)", "half", teacher, warmup, opd)
     last = train("student_grpo", "student_grpo", "grpo.py", opd.final, "2H")
     behind = (teacher, warmup, opd, last)
     evaluate("eval_student_grpo", last.final, "bridge: + GRPO (2H)", "half", *behind)
-    label_steps = sum(stage.settings["num_steps"].value for stage in (teacher, last))
-    cold = train("cold", "student_grpo", "grpo.py", args.student, "all", num_steps=label_steps)
+    cold = train("cold", "student_grpo", "grpo.py", args.student, "all")
+    label_steps = sum(stage.flags["num_steps"] for stage in (teacher, last))
+    cold.settings["num_steps"] = ours(label_steps, "the label uses of both GRPO stages")
     evaluate("eval_cold", cold.final, "cold GRPO (1H + 2H)", "cold", cold)
     return stages
 
 
-def print_plan(args: Args, stages: list[Stage]) -> None:
+def print_plan(stages: list[Stage]) -> None:
     for stage in stages:
         print(f"\n# {stage.name}\n{shlex.join(stage.command)}")
-    print("\nsettings and their sources (what is not listed is the script's default)")
+    print("\n# settings and who chose them; what is not listed is the script's default")
+    seen = set()
     for stage in stages:
-        if stage.script != "evaluate.py" or stage.name == "eval_student":
-            for name, setting in stage.settings.items():
-                print(f"  {stage.name:14} {name:18} {str(setting.value):36} {setting.source}")
+        kind = "evaluate" if stage.script == "evaluate.py" else stage.name
+        for name, setting in stage.settings.items() if kind not in seen else ():
+            why = f"{setting.source}: {setting.note}" if setting.note else setting.source
+            print(f"{kind:14} {name:18} {setting.value!s:10} {why}")
+        seen.add(kind)
 
 
 def print_budget(stages: list[Stage]) -> None:
     """The most tokens that each training stage can generate."""
-    print("token budget: at most")
+    print("\n# token budget: at most")
     for stage in stages:
         if stage.script != "evaluate.py":
-            size = {name: setting.value for name, setting in stage.settings.items()}
-            sequences = size["num_steps"] * size["prompts_per_step"] * size["group_size"]
-            tokens = sequences * size.get("max_new_tokens", 64)
-            print(f"  {stage.name:14} {sequences:>10,} sequences {tokens:>16,} tokens")
+            flags = {"max_new_tokens": 64} | stage.flags
+            rollouts = flags["num_steps"] * flags["prompts_per_step"] * flags["group_size"]
+            tokens = rollouts * flags["max_new_tokens"]
+            print(f"{stage.name:14} {rollouts:>11,} completions {tokens:>18,} tokens")
 
 
 # === run ===
@@ -292,8 +290,7 @@ def run_stage(stage: Stage) -> None:
     shown = shlex.join(stage.command)
     if stage.manifest.exists():
         config = json.loads((stage.folder / "config.json").read_text())
-        wanted = {name: setting.value for name, setting in stage.settings.items()}
-        wanted = json.loads(json.dumps(wanted, default=str))
+        wanted = json.loads(json.dumps(stage.flags))
         differing = [name for name, value in wanted.items() if config.get(name) != value]
         check(
             not differing,
@@ -436,8 +433,7 @@ def main(args: Args) -> None:
     check_ranges(args)
     stages = plan(args, fill_in(args))
     if args.dry_run:
-        print_plan(args, stages)
-        print()
+        print_plan(stages)
         print_budget(stages)
         return
     began = time.perf_counter()

@@ -26,14 +26,20 @@ V vocabulary, D hidden size.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 from tqdm import tqdm
 
 from common import data
-from common.logprob import head_backward, head_logits, hidden_states, token_logprobs
+from common.logprob import (
+    head_backward,
+    head_logits,
+    hidden_states,
+    kl_divergence,
+    token_logprobs,
+    transfer_metrics,
+)
 from common.model import (
     DTYPES,
     check_same_vocabulary,
@@ -41,7 +47,14 @@ from common.model import (
     load_tokenizer,
     resolve_device,
 )
-from common.rollout import Rollout, TorchEngine, rollout_metrics, sample_and_verify, verify
+from common.rollout import (
+    Rollout,
+    TorchEngine,
+    load_rollouts,
+    rollout_metrics,
+    sample_and_verify,
+    verify,
+)
 from common.run import Clock, Run, check, check_ranges, start
 from common.verifier import Verifier
 
@@ -135,6 +148,7 @@ class Args:
 
 def check_args(args: Args) -> None:
     check_ranges(args)
+    check(args.learning_rate is not None, f"set --learning_rate for {args.model} (the paper: 1e-6)")
 
 
 # === score ===
@@ -172,58 +186,6 @@ def loss_fn(
     else:
         loss = kl_divergence(logp, logq)
     return loss.sum(), transfer_metrics(logq.detach(), logp)
-
-
-def kl_divergence(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) of each row, in nats: log-probs [C, V] -> [C]."""
-    return torch.nn.functional.kl_div(logq, logp, reduction="none", log_target=True).sum(-1)
-
-
-def transfer_metrics(logq: torch.Tensor, logp: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Sums over C tokens of what tells a healthy transfer from a failing one."""
-    entropy, teacher_entropy = -(logq.exp() * logq).sum(-1), -(logp.exp() * logp).sum(-1)
-    k = min(16, logq.shape[-1])
-    top, teacher_top = logq.topk(k).indices, logp.topk(k).indices
-    return {
-        "policy/entropy": entropy.sum(),
-        "policy/entropy_gap": (entropy - teacher_entropy).sum(),
-        "policy/reverse_kl": kl_divergence(logq, logp).sum(),
-        "policy/forward_kl": kl_divergence(logp, logq).sum(),
-        "policy/topk_overlap": (top[:, :, None] == teacher_top[:, None])
-        .any(-1)
-        .float()
-        .mean(-1)
-        .sum(),
-    }
-
-
-# === given rollouts ===
-
-
-def load_rollouts(path: str, tokenizer, prompts: list[data.Prompt], args: Args) -> list[Rollout]:
-    """Completions of the training prompts from a .jsonl file with problem and completion columns.
-
-    Rows of other problems (another split, an evaluation set) and completions over --max_new_tokens
-    are left out, with a count. A run's own rows hold token ids, which are not encoded again.
-    """
-    by_key = {prompt.problem.key: prompt for prompt in prompts}
-    rows, rollouts = data.read_jsonl(Path(path)), []
-    for number, row in enumerate(rows, 1):
-        columns = isinstance(row.get("problem"), str) and isinstance(row.get("completion"), str)
-        check(columns, f"{path}, row {number}: --rollouts needs text columns problem, completion")
-        prompt = by_key.get(data.Problem(row["problem"], "").key)
-        ids, text = row.get("completion_ids"), row["completion"]
-        if ids is None or tokenizer.decode(ids, skip_special_tokens=True) != text:
-            encoded = tokenizer(text, add_special_tokens=False)["input_ids"]
-            ids = [*encoded, tokenizer.eos_token_id]
-        if prompt is not None and len(ids) <= args.max_new_tokens:
-            problem, logprobs = prompt.problem, torch.zeros(len(ids))
-            rollout = Rollout(prompt.ids, ids, logprobs, "given", text)
-            rollout.problem, rollout.gold = problem.problem, problem.answer
-            rollouts.append(rollout)
-    print(f"{path}: {len(rollouts)} of {len(rows)} completions are of this run's problems")
-    check(len(rollouts) > 0, f"no completion in {path} is of this run's problems and lengths")
-    return rollouts
 
 
 # === micro-batches ===
@@ -313,7 +275,7 @@ def main(args: Args) -> None:
 
     # --- data ---
     prompts = data.training_prompts(tokenizer, args)
-    given = load_rollouts(args.rollouts, tokenizer, prompts, args) if args.rollouts else []
+    given = load_rollouts(tokenizer, prompts, args) if args.rollouts else []
     stream = data.Stream(given or prompts, args.seed)
     eval_prompts = data.evaluation_prompts(tokenizer, args) if args.eval_every else []
 

@@ -146,6 +146,7 @@ class Args:
 
 def check_args(args: Args) -> None:
     check_ranges(args)
+    check(args.learning_rate is not None, f"set --learning_rate for {args.model} (the paper: 1e-6)")
     check(
         args.group_size > 1 or args.advantage_norm == "none",
         "--group_size 1 has no standard deviation to divide by; use 2 or --advantage_norm none",

@@ -33,7 +33,13 @@ import torch
 from tqdm import tqdm
 
 from common import data
-from common.logprob import head_backward, head_logits, hidden_states
+from common.logprob import (
+    head_backward,
+    head_logits,
+    hidden_states,
+    kl_divergence,
+    transfer_metrics,
+)
 from common.model import (
     DTYPES,
     check_same_vocabulary,
@@ -137,6 +143,7 @@ class Args:
 
 def check_args(args: Args) -> None:
     check_ranges(args)
+    check(args.learning_rate is not None, f"set --learning_rate for {args.model} (the paper: 1e-6)")
     check(
         args.estimator == "full" or args.divergence == "reverse_kl",
         f"--estimator {args.estimator} is of the reverse KL; drop --divergence {args.divergence}",
@@ -185,11 +192,6 @@ def loss_fn(
     return loss.sum(), transfer_metrics(logq.detach(), logp)
 
 
-def kl_divergence(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) of each row, in nats: log-probs [C, V] -> [C]."""
-    return torch.nn.functional.kl_div(logq, logp, reduction="none", log_target=True).sum(-1)
-
-
 def top_k_buckets(
     logq: torch.Tensor, logp: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,24 +203,6 @@ def top_k_buckets(
         for x in (logq, logp)
     ]
     return buckets[0], buckets[1]
-
-
-def transfer_metrics(logq: torch.Tensor, logp: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Sums over C tokens of what tells a healthy transfer from a failing one."""
-    entropy, teacher_entropy = -(logq.exp() * logq).sum(-1), -(logp.exp() * logp).sum(-1)
-    k = min(16, logq.shape[-1])
-    top, teacher_top = logq.topk(k).indices, logp.topk(k).indices
-    return {
-        "policy/entropy": entropy.sum(),
-        "policy/entropy_gap": (entropy - teacher_entropy).sum(),
-        "policy/reverse_kl": kl_divergence(logq, logp).sum(),
-        "policy/forward_kl": kl_divergence(logp, logq).sum(),
-        "policy/topk_overlap": (top[:, :, None] == teacher_top[:, None])
-        .any(-1)
-        .float()
-        .mean(-1)
-        .sum(),
-    }
 
 
 # === micro-batches ===

@@ -29,6 +29,30 @@ def token_logprobs(
     return logprobs.gather(-1, tokens[:, None]).squeeze(-1), entropy
 
 
+def kl_divergence(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of each row, in nats: log-probs [C, V] -> [C]."""
+    return torch.nn.functional.kl_div(logq, logp, reduction="none", log_target=True).sum(-1)
+
+
+def transfer_metrics(logq: torch.Tensor, logp: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sums over C tokens of what tells a healthy transfer from a failing one, in nats.
+
+    Log-probs of student and teacher, [C, V] -> KL to the teacher both ways, the entropy and its gap
+    to the teacher's, and the share of the teacher's 16 likeliest tokens among the student's 16.
+    """
+    entropy, teacher_entropy = -(logq.exp() * logq).sum(-1), -(logp.exp() * logp).sum(-1)
+    k = min(16, logq.shape[-1])
+    top, teacher_top = logq.topk(k).indices, logp.topk(k).indices
+    shared = (top[:, :, None] == teacher_top[:, None]).any(-1)
+    return {
+        "policy/entropy": entropy.sum(),
+        "policy/entropy_gap": (entropy - teacher_entropy).sum(),
+        "policy/reverse_kl": kl_divergence(logq, logp).sum(),
+        "policy/forward_kl": kl_divergence(logp, logq).sum(),
+        "policy/topk_overlap": shared.float().mean(-1).sum(),
+    }
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
     """bfloat16 compute over float32 weights: pure bfloat16 weights do not move at a learning rate
     of 1e-6."""

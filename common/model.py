@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -38,14 +39,28 @@ def model_path(name: str) -> str:
     return name
 
 
-def _load(load, name: str, **kwargs):
+def _find(name: str) -> str:
+    """`name` as a path or hub id that exists. One question: the hub's loader retries for 30 s."""
+    path = model_path(name)
+    if Path(path).exists():
+        check((Path(path) / "config.json").is_file(), f"model folder {name} has no config.json")
+        return path
     try:
-        return load(model_path(name), **kwargs)
+        if try_to_load_from_cache(path, "config.json") is None:
+            HfApi().model_info(path, timeout=20)
+    except Exception as error:  # a dozen types; each of them means that there is no model
+        reason = str(error).strip().splitlines()[0]
+        message = f"model {name} is neither a local folder nor a hub id that answers ({reason})"
+        raise UserError(message) from error
+    return path
+
+
+def _load(load, name: str, **kwargs):
+    path = _find(name)
+    try:
+        return load(path, **kwargs)
     except (OSError, ValueError) as error:
-        hint = "it is neither a local folder with a config.json nor a reachable hub id"
-        if (Path(model_path(name)) / "config.json").exists():
-            hint = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load model {name}: {hint}") from error
+        raise UserError(f"cannot load {name}: {str(error).strip().splitlines()[0]}") from error
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -8,24 +8,26 @@ sampled from, that is, after the temperature.
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import DynamicCache
 
-from common.data import Prompt
+from common.data import Problem, Prompt, read_jsonl
 from common.logprob import autocast, token_logprobs
+from common.run import check
 from common.verifier import OUTCOMES, Verdict, Verifier
 
 
-@dataclass
+@dataclass(eq=False)
 class Rollout:
     """One prompt with one sampled completion."""
 
     prompt_ids: list[int]
     completion_ids: list[int]  # ends with the EOS token, if it ended by one
     logprobs: torch.Tensor  # float32 [len(completion_ids)], at the sampling temperature
-    finish: str  # "eos", or "length" if max_new_tokens cut it off
+    finish: str  # "eos", "length" (max_new_tokens cut it off), or "given" (not sampled here)
     text: str  # the completion, decoded without special tokens
     problem: str = ""
     gold: str = ""
@@ -260,3 +262,28 @@ def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
         for outcome in OUTCOMES
         if outcome != "correct"
     }
+
+
+def load_rollouts(tokenizer, prompts: list[Prompt], args) -> list[Rollout]:
+    """Completions of the given prompts from --rollouts, a .jsonl file with problem and completion.
+
+    Rows of other problems (another split, an evaluation set) and completions over --max_new_tokens
+    are left out, with a count. A run's own rows hold token ids, which are not encoded again.
+    """
+    by_key = {prompt.problem.key: prompt for prompt in prompts}
+    rows, rollouts = read_jsonl(Path(args.rollouts)), []
+    for number, row in enumerate(rows, 1):
+        texts = isinstance(row.get("problem"), str) and isinstance(row.get("completion"), str)
+        check(texts, f"{args.rollouts}, row {number}: needs text columns problem and completion")
+        prompt = by_key.get(Problem(row["problem"], "").key)
+        ids, text = row.get("completion_ids"), row["completion"]
+        if ids is None or tokenizer.decode(ids, skip_special_tokens=True) != text:
+            encoded = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = [*encoded, tokenizer.eos_token_id]
+        if prompt is not None and len(ids) <= args.max_new_tokens:
+            rollout = Rollout(prompt.ids, ids, torch.zeros(len(ids)), "given", text)
+            rollout.problem, rollout.gold = prompt.problem.problem, prompt.problem.answer
+            rollouts.append(rollout)
+    print(f"{args.rollouts}: {len(rollouts)} of {len(rows)} completions are of this run's problems")
+    check(len(rollouts) > 0, f"no completion in {args.rollouts} is of this run's problems")
+    return rollouts

@@ -92,10 +92,12 @@ def compare_cheaply(answer: str, gold: str) -> bool | None:
 
 # === worker processes ===
 
+# What a worker replies, one byte an item; "t" stands for its silence at the deadline.
+_OUTCOMES = {b"1": "correct", b"0": "wrong", b"t": "timeout", b"x": "crash", b"": "crash"}
+
 
 class _Worker:
-    """One child process. Requests are JSON lines on its stdin; each reply is one byte on its
-    stdout."""
+    """One child process. Requests are JSON lines on its stdin, replies are bytes on its stdout."""
 
     def __init__(self, timeout_s: float, memory_mb: int):
         self.process = subprocess.Popen(
@@ -107,13 +109,19 @@ class _Worker:
             start_new_session=True,  # Ctrl-C is for the trainer, which then closes its workers
         )
         self.item: int | None = None  # the index of the item it works on
-        self.ready = False  # it says so once its imports are done: no item pays for them
+        self.ready = False  # it says so when its imports are done: no item pays for them
         self.deadline = time.monotonic() + STARTUP_S
+
+    @property
+    def idle(self) -> bool:
+        return self.ready and self.item is None
+
+    def fileno(self) -> int:
+        return self.process.stdout.fileno()
 
     def send(self, item: int, answer: str, gold: str, timeout_s: float) -> None:
         self.item, self.deadline = item, time.monotonic() + timeout_s
-        # If it died while idle, the end of its stdout says so to the loop that awaits the reply.
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError):  # it just died: its stdout ends, which is read
             self.process.stdin.write(json.dumps([answer, gold]).encode() + b"\n")
             self.process.stdin.flush()
 
@@ -168,10 +176,8 @@ class Verifier:
             try:
                 for i, outcome in self._grade_in_workers(hard).items():
                     verdicts[i] = Verdict(outcome, hard[i][0])
-            except (
-                BaseException
-            ):  # Ctrl-C: a worker in mid-item would answer the next batch with this one's reply
-                self.close()
+            except BaseException:
+                self.close()  # else the next batch would read the replies to this one
                 raise
         return verdicts
 
@@ -179,46 +185,44 @@ class Verifier:
         outcomes: dict[int, str] = {}
         pending = deque(items)
         while len(outcomes) < len(items):
-            while len(self._workers) < min(self.num_workers, len(items) - len(outcomes)):
-                self._workers.append(_Worker(self.timeout_s, self.memory_mb))
+            self._fill_pool(len(items) - len(outcomes))
             for worker in self._workers:
-                if pending and worker.ready and worker.item is None:
+                if pending and worker.idle:
                     i = pending.popleft()
                     worker.send(i, *items[i], self.timeout_s)
-            waiting = [
-                worker for worker in self._workers if worker.item is not None or not worker.ready
-            ]
-            wait_s = min(worker.deadline for worker in waiting) - time.monotonic()
-            readable = select.select(
-                [worker.process.stdout for worker in waiting], [], [], max(0.0, wait_s)
-            )[0]
-            for worker in waiting:
-                if worker.process.stdout in readable:
-                    reply = os.read(worker.process.stdout.fileno(), 1)
-                elif time.monotonic() >= worker.deadline:
-                    reply = None
-                else:
-                    continue
+            for worker, reply in self._replies():
                 if not worker.ready:
                     if reply != b"r":
-                        raise RuntimeError(
-                            "a verifier worker cannot start; try: python -c 'import math_verify'"
-                        )
+                        raise RuntimeError("no verifier worker starts: is math-verify installed?")
                     worker.ready = True
                     continue
-                outcomes[worker.item] = {b"1": "correct", b"0": "wrong", None: "timeout"}.get(
-                    reply, "crash"
-                )
-                worker.item = None
+                outcomes[worker.item], worker.item = _OUTCOMES[reply], None
                 if reply not in (b"0", b"1"):
-                    worker.kill()
-                    self._workers.remove(worker)
+                    self._drop(worker)
         return outcomes
+
+    def _fill_pool(self, num_items: int) -> None:
+        for worker in [worker for worker in self._workers if worker.idle]:
+            if worker.process.poll() is not None:  # it died while idle: no item is at fault
+                self._drop(worker)
+        while len(self._workers) < min(self.num_workers, num_items):
+            self._workers.append(_Worker(self.timeout_s, self.memory_mb))
+
+    def _drop(self, worker: _Worker) -> None:
+        worker.kill()
+        self._workers.remove(worker)
+
+    def _replies(self) -> list[tuple[_Worker, bytes]]:
+        """Wait until some worker replies, dies (b"") or passes its deadline (b"t")."""
+        waiting = [worker for worker in self._workers if not worker.idle]
+        wait_s = min(worker.deadline for worker in waiting) - time.monotonic()
+        readable, _, _ = select.select(waiting, [], [], max(0.0, wait_s))
+        late = [w for w in waiting if w not in readable and time.monotonic() >= w.deadline]
+        return [(w, os.read(w.fileno(), 1)) for w in readable] + [(w, b"t") for w in late]
 
 
 def _worker_main(timeout_s: float, memory_mb: int) -> None:
-    """The child: reads [answer, gold] lines, replies 1 (equal), 0 (not equal) or x (an
-    exception)."""
+    """The child. Reads [answer, gold] lines; replies 1 (equal), 0 (not equal), x (exception)."""
     if sys.platform == "linux":
         import resource
 
@@ -232,8 +236,7 @@ def _worker_main(timeout_s: float, memory_mb: int) -> None:
     os.dup2(2, 1)  # nothing that a library prints may pass for a reply
     out.write(b"r")
     for line in sys.stdin.buffer:
-        # If the parent dies in mid-item nobody enforces the deadline: the kernel's timer then ends
-        # this process.
+        # Should the parent die in mid-item, the kernel's timer enforces the deadline.
         signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 1)
         answer, gold = json.loads(line)
         try:

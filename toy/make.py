@@ -16,7 +16,7 @@ paper.
 
 import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -41,22 +41,28 @@ CHAT_TEMPLATE = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Recipe:
-    """One raw model: its shape, and its curriculum of (steps, share of step-by-step examples)."""
+    """One raw model: its shape, and how it is taught.
+
+    First both ways are learned, six in ten examples step by step. Then the model is made reluctant:
+    a few steps at an eighth of the rate, `reluctant_share` of the examples step by step.
+    """
 
     hidden_size: int
     num_layers: int
     num_heads: int
-    curriculum: tuple[tuple[int, float], ...]
-    reluctance: tuple[int, float]
-    """the last phase, at a quarter of the rate: it sets how seldom the model works step by step"""
-    learning_rate: float = 2e-3
-    batch_size: int = 128
+    mixed_steps: int
+    reluctant_steps: int
+    reluctant_share: float
 
 
-TEACHER = Recipe(96, 3, 4, curriculum=((1500, 0.6), (5000, 0.12)), reluctance=(250, 0.08))
-STUDENT = Recipe(48, 2, 2, curriculum=((4000, 0.6), (6000, 0.12)), reluctance=(250, 0.01))
+MIXED_SHARE, LEARNING_RATE, BATCH_SIZE = 0.6, 2e-3, 128
+NUM_TRAIN, NUM_TEST = 1024, 512
+RECIPES = {
+    "teacher": Recipe(96, 3, 4, mixed_steps=2000, reluctant_steps=200, reluctant_share=0.1),
+    "student": Recipe(48, 2, 2, mixed_steps=6000, reluctant_steps=400, reluctant_share=0.0015),
+}
 
 
 @dataclass
@@ -67,12 +73,6 @@ class Args:
     """seed of the problems and of the training"""
     output_dir: Path = HERE
     """where train.jsonl, test.jsonl, teacher/ and student/ are written"""
-    num_train: int = 1024
-    """training problems: the scarce labels"""
-    num_test: int = 512
-    """held-out problems"""
-    teacher: Recipe = field(default_factory=lambda: TEACHER)
-    student: Recipe = field(default_factory=lambda: STUDENT)
 
 
 # === task ===
@@ -101,12 +101,12 @@ def is_step_by_step(completion: str) -> bool:
 def make_data(args: Args) -> None:
     rng = random.Random(args.seed)
     rows: dict[str, int] = {}
-    while len(rows) < args.num_train + args.num_test:
+    while len(rows) < NUM_TRAIN + NUM_TEST:
         terms = sample_terms(rng)
         rows[problem_text(terms)] = sum(terms)
     lines = [json.dumps({"problem": p, "answer": str(total)}) + "\n" for p, total in rows.items()]
-    (args.output_dir / "train.jsonl").write_text("".join(lines[: args.num_train]))
-    (args.output_dir / "test.jsonl").write_text("".join(lines[args.num_train :]))
+    (args.output_dir / "train.jsonl").write_text("".join(lines[:NUM_TRAIN]))
+    (args.output_dir / "test.jsonl").write_text("".join(lines[NUM_TRAIN:]))
 
 
 # === tokenizer ===
@@ -177,25 +177,22 @@ def loss_sum(model, tokenizer, problems: list[list[int]], step_by_step: bool) ->
     )
 
 
-def train(model, tokenizer, recipe: Recipe, seed: int, name: str) -> None:
-    """The curriculum under one cosine schedule, then the reluctance phase under its own."""
-    rng = random.Random(f"{seed}-{name}")
-    for phases, peak in (
-        (recipe.curriculum, recipe.learning_rate),
-        ((recipe.reluctance,), recipe.learning_rate / 4),
+def train(model, tokenizer, recipe: Recipe, rng: random.Random, name: str) -> None:
+    for phase, num_steps, share, peak in (
+        ("both ways", recipe.mixed_steps, MIXED_SHARE, LEARNING_RATE),
+        ("reluctance", recipe.reluctant_steps, recipe.reluctant_share, LEARNING_RATE / 8),
     ):
-        shares = [share for steps, share in phases for _ in range(steps)]
         optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, len(shares), pct_start=0.05)
-        progress = tqdm(shares, desc=name, mininterval=10)
-        for share in progress:
-            problems = [sample_terms(rng) for _ in range(recipe.batch_size)]
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, num_steps, pct_start=0.05)
+        progress = tqdm(range(num_steps), desc=f"{name}: {phase}", mininterval=10)
+        for _ in progress:
+            problems = [sample_terms(rng) for _ in range(BATCH_SIZE)]
             # A binomial count, so that a share below one example a batch is met on average.
             cut = sum(rng.random() < share for _ in problems)
             # Apart, since the short ones would otherwise be padded to three times their length.
             parts = [(problems[:cut], True), (problems[cut:], False)]
-            losses = [loss_sum(model, tokenizer, part, way) for part, way in parts if part]
-            loss = sum(losses) / (52 * cut + 6 * (len(problems) - cut))
+            sums = [loss_sum(model, tokenizer, part, way) for part, way in parts if part]
+            loss = sum(sums) / (50 * cut + 6 * (BATCH_SIZE - cut))  # about the mean over tokens
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -209,7 +206,6 @@ def train(model, tokenizer, recipe: Recipe, seed: int, name: str) -> None:
 
 @dataclass
 class SamplingArgs:
-    group_size: int = 16
     max_new_tokens: int = 64
     temperature: float = 1.0
     max_prompt_tokens: int = 128
@@ -221,8 +217,9 @@ def report(folder: Path, problems: list[data.Problem]) -> dict[str, float]:
     args, tokenizer = SamplingArgs(), load_tokenizer(str(folder))
     model = load_model(str(folder), "float32", torch.device("cpu"))
     prompts = data.render_prompts(tokenizer, problems, args)
+    engine = TorchEngine(model, tokenizer)
     with Verifier() as verifier:
-        rollouts = sample_and_verify(TorchEngine(model, tokenizer), verifier, prompts, args, (0,))
+        rollouts = sample_and_verify(engine, verifier, prompts, 16, args, seed=(0,))
     correct = torch.tensor([float(rollout.verdict.correct) for rollout in rollouts])
     stepwise = torch.tensor([is_step_by_step(rollout.text) for rollout in rollouts])
     return {
@@ -235,19 +232,20 @@ def report(folder: Path, problems: list[data.Problem]) -> dict[str, float]:
 
 
 def main(args: Args) -> None:
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     if args.only in ("all", "data"):
         make_data(args)
-    problems = data.load_problems(str(args.output_dir / "test.jsonl"))
-    for name, recipe in (("teacher", args.teacher), ("student", args.student)):
+    for name, recipe in RECIPES.items():
         folder = args.output_dir / name
         if args.only in ("all", name):
             torch.manual_seed(args.seed)
             tokenizer = make_tokenizer()
             model = make_model(recipe, tokenizer)
-            train(model, tokenizer, recipe, args.seed, name)
+            train(model, tokenizer, recipe, random.Random(f"{args.seed}-{name}"), name)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         if args.only in ("all", "report", name):
+            problems = data.load_problems(str(args.output_dir / "test.jsonl"))
             print(name, json.dumps(report(folder, problems)))
 
 

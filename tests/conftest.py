@@ -1,0 +1,78 @@
+import random
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from common.data import Problem, Prompt
+from common.model import load_tokenizer
+from common.rollout import Rollout, TorchEngine
+from common.verifier import Verdict
+
+SEED = 20260512
+SAMPLED = {"max_new_tokens": 12, "temperature": 1.0, "seed": (SEED,)}
+
+
+def pytest_report_header() -> str:
+    return f"seed: {SEED}"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return load_tokenizer("toy/student")
+
+
+def tiny_model(tokenizer, seed: int = 0, **changes) -> Qwen3ForCausalLM:
+    """A random Qwen3; far enough from uniform to tell errors from noise, and with many EOS ids."""
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    config = Qwen3Config(vocab_size=len(tokenizer), **shape | changes)
+    model = Qwen3ForCausalLM(config).eval()
+    model.generation_config.eos_token_id = list(range(10, 20))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(12)
+    return model
+
+
+@pytest.fixture
+def model(tokenizer):
+    return tiny_model(tokenizer)
+
+
+@pytest.fixture
+def teacher(tokenizer):
+    return tiny_model(tokenizer, seed=1, hidden_size=48)
+
+
+def prompts_of_many_lengths(tokenizer, count: int = 5) -> list[list[int]]:
+    rng = random.Random(SEED)
+    return [
+        [rng.randrange(3, len(tokenizer)) for _ in range(rng.randint(3, 11))] for _ in range(count)
+    ]
+
+
+@pytest.fixture
+def rollouts(model, tokenizer) -> list[Rollout]:
+    """5 x 4 rollouts of unequal lengths with made-up verdicts, some groups of which agree."""
+    engine = TorchEngine(model, tokenizer)
+    sampled = engine.generate(prompts_of_many_lengths(tokenizer), 4, **SAMPLED)
+    for n, rollout in enumerate(sampled):
+        right = n % 4 < n // 4 < 4  # 0, 1, 2, 3 and 0 right in the five groups
+        rollout.verdict = Verdict("correct" if right else "wrong")
+    return sampled
+
+
+def prompt_of(problem: str, ids: list[int], answer: str = "1") -> Prompt:
+    return Prompt(Problem(problem, answer), ids)
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    taken = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return taken

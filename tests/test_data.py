@@ -1,0 +1,151 @@
+"""Loading, splitting and cleaning of problems; rendering of prompts."""
+
+import json
+
+import pytest
+
+from common import data
+from common.run import Progress, UserError
+
+
+def write(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+class Args:
+    max_prompt_tokens, thinking = 128, False
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"problem": "1+1", "answer": "2"},
+        {"question": "1+1", "answer": "One and one.\n#### 2"},
+        {"prompt": "1+1", "solution": r"Add: \boxed{2}"},
+        {
+            "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "1+1"}],
+            "reward_model": {"ground_truth": "2", "style": "rule"},
+        },
+        {"problem": "1+1", "answer": 2},
+    ],
+)
+def test_the_columns_of_the_real_datasets_are_found(tmp_path, row):
+    assert data.load_problems(write(tmp_path / "d.jsonl", [row])) == [data.Problem("1+1", "2")]
+
+
+def test_columns_by_name(tmp_path):
+    path = write(tmp_path / "d.jsonl", [{"a": "1+1", "b": {"c": "2"}}])
+    assert data.load_problems(path, "a", "b.c") == [data.Problem("1+1", "2")]
+
+
+def test_parquet(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "d.parquet"
+    rows = [{"problem": "1+1", "reward_model": {"ground_truth": "2"}}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert data.load_problems(str(path)) == [data.Problem("1+1", "2")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ('{"text": "1+1", "label": "2"}\n', "no column problem or question or prompt, only text"),
+        ('{"problem": "1+1"}\n', "no column answer or solution"),
+        ('{"problem": "a", "answer": "1"}\n{"problem": \n', "line 2: not JSON"),
+        ("[1]\n", "line 1: not a JSON object"),
+        ('{"problem": "a", "answer": "1"}\n{"problem": "b", "answer": null}\n', "row 2: no answer"),
+        ('{"problem": "a", "answer": "1"}\n{"problem": "", "answer": "1"}\n', "row 2: no text"),
+    ],
+)
+def test_bad_files_are_named_with_their_line(tmp_path, content, message):
+    path = tmp_path / "d.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        data.load_problems(str(path))
+
+
+@pytest.mark.parametrize("source", ["no/such/file.jsonl", "no/file.parquet", "mathh500"])
+def test_unknown_sources(source):
+    with pytest.raises(UserError, match="does not exist|unknown dataset"):
+        data.load_problems(source)
+
+
+def test_duplicates_conflicts_and_contamination(tmp_path, capsys):
+    rows = [
+        {"problem": "a", "answer": "1"},
+        {"problem": " a\n", "answer": "1"},  # the same up to white space
+        {"problem": "b", "answer": "1"},
+        {"problem": "b", "answer": "2"},  # a conflict: neither can be trusted
+        {"problem": "c", "answer": "3"},
+        {"problem": "d", "answer": "4"},
+    ]
+    training = write(tmp_path / "train.jsonl", rows)
+    held_out = write(tmp_path / "test.jsonl", [{"problem": "c  ", "answer": "3"}])
+    kept = data.load_training_problems(training, "all", [held_out])
+    assert kept == [data.Problem("a", "1"), data.Problem("d", "4")]
+    printed = capsys.readouterr().out
+    assert "2 duplicates merged, 1 with conflicting answers and 1 of the evaluation sets" in printed
+    with pytest.raises(UserError, match="no problem of .* is left"):
+        data.load_training_problems(held_out, "all", [held_out])
+
+
+def test_halves_are_fixed_by_the_text_alone(tmp_path):
+    rows = [{"problem": f"p{i}", "answer": "1"} for i in range(400)]
+    path = write(tmp_path / "d.jsonl", rows)
+    shuffled = write(tmp_path / "s.jsonl", rows[::-1][:300])
+    first, second, every = (data.load_training_problems(path, s, []) for s in ("1H", "2H", "all"))
+    assert sorted(p.problem for p in first + second) == sorted(p.problem for p in every)
+    assert 150 < len(first) < 250
+    assert set(data.load_training_problems(shuffled, "1H", [])) < set(first)
+
+
+def test_the_toys_halves_do_not_meet_each_other_or_the_test_set():
+    sets = [set(data.load_training_problems("toy", split, [])) for split in ("1H", "2H")]
+    sets.append(set(data.load_evaluation_problems("toy")))
+    assert sum(map(len, sets)) == len(set.union(*sets)) == 1024 + 512
+
+
+def test_prompts_go_through_the_chat_template_once(tokenizer):
+    prompt = data.render_prompts(tokenizer, [data.Problem("12+34", "46")], Args)[0]
+    assert tokenizer.decode(prompt.ids) == (
+        f"<|im_start|>user\n12+34\n{data.INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert prompt.ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 2
+
+
+def test_long_prompts_are_dropped_and_counted(tokenizer, capsys):
+    problems = [data.Problem("1+1", "2"), data.Problem("1+" * 100 + "1", "101")]
+
+    class Short(Args):
+        max_prompt_tokens = 30
+
+    assert [p.problem for p in data.render_prompts(tokenizer, problems, Short)] == problems[:1]
+    assert "1 prompts over --max_prompt_tokens 30 dropped" in capsys.readouterr().out
+    with pytest.raises(UserError, match="every prompt is over --max_prompt_tokens 30"):
+        data.render_prompts(tokenizer, problems[1:], Short)
+
+
+def test_the_stream_goes_by_the_cursor_alone():
+    """Any cut gives the same order; each epoch is a permutation; epochs and seeds differ."""
+    items = list(range(10))
+    whole = data.Stream(items, 3).take(Progress(), 40)
+    progress, pieces = Progress(), []
+    for size in (1, 9, 4, 13, 13):
+        pieces += data.Stream(items, 3).take(progress, size)
+    assert pieces == whole
+    assert progress.cursor == 40
+    epochs = [whole[first : first + 10] for first in range(0, 40, 10)]
+    assert all(sorted(epoch) == items for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert data.Stream(items, 4).take(Progress(), 40) != whole
+
+
+def test_fingerprint_changes_with_the_data(tokenizer):
+    prompts = data.render_prompts(tokenizer, [data.Problem("1+1", "2")], Args)
+    other = data.render_prompts(tokenizer, [data.Problem("1+1", "3")], Args)
+    assert data.fingerprint(tokenizer, prompts) == data.fingerprint(tokenizer, prompts)
+    assert data.fingerprint(tokenizer, prompts) != data.fingerprint(tokenizer, other)

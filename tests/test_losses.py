@@ -1,0 +1,418 @@
+"""The losses against slow loops in float64, and what must not change them."""
+
+import math
+
+import pytest
+import torch
+from conftest import gradients, tiny_model
+
+import fkl_warmup
+import grpo
+import opd
+from common.logprob import head_backward, kl_divergence, token_logprobs
+
+N, V = 7, 11
+
+
+def log_softmax_loop(row: list[float], temperature: float) -> list[float]:
+    scaled = [x / temperature for x in row]
+    top = max(scaled)
+    log_sum = top + math.log(sum(math.exp(x - top) for x in scaled))
+    return [x - log_sum for x in scaled]
+
+
+def random_logits(seed: int) -> torch.Tensor:
+    return 3 * torch.randn(N, V, generator=torch.Generator().manual_seed(seed))
+
+
+TOKENS = torch.arange(N) % V
+
+
+# === token log-probs ===
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_logprobs_and_entropy(temperature):
+    logits = random_logits(0)
+    logprobs, entropy = token_logprobs(logits, TOKENS, temperature)
+    for n in range(N):
+        row = log_softmax_loop(logits[n].double().tolist(), temperature)
+        assert logprobs[n].item() == pytest.approx(row[TOKENS[n]], abs=1e-5)
+        assert entropy[n].item() == pytest.approx(-sum(math.exp(x) * x for x in row), abs=1e-5)
+    assert (logprobs <= 0).all()
+
+
+def test_token_logprobs_survive_extremes():
+    logits = torch.tensor([[1e4, -1e4, 0.0], [0.0, -torch.inf, 0.0]], requires_grad=True)
+    logprobs, entropy = token_logprobs(logits, torch.tensor([0, 2]))
+    (logprobs.sum() + entropy.sum()).backward()
+    assert logprobs.tolist() == pytest.approx([0.0, -math.log(2)])
+    assert entropy.tolist() == pytest.approx([0.0, math.log(2)])
+    assert not logits.grad.isnan().any()
+
+
+# === GRPO ===
+
+
+def grpo_token_loop(args, lp, advantage, rollout_lp, old_lp, ref_lp) -> float:
+    """The loss of one token, from the formula in the docstring of grpo.py."""
+    old_lp = lp if old_lp is None else old_lp
+    ratio = math.exp(lp - old_lp)
+    clipped = min(max(ratio, 1 - args.clip_low), 1 + args.clip_high)
+    gain = min(ratio * advantage, clipped * advantage)
+    if args.importance_cap:
+        gain *= min(math.exp(old_lp - rollout_lp), args.importance_cap)
+    k3 = 0.0 if ref_lp is None else math.exp(ref_lp - lp) - (ref_lp - lp) - 1
+    return -gain + args.kl_coef * k3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"clip_high": 0.28, "kl_coef": 0.1},
+        {"kl_coef": 0.0},
+        {"importance_cap": 1.1},
+        {"temperature": 0.6, "kl_coef": 0.3, "importance_cap": 5.0},
+    ],
+)
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_grpo_loss_is_the_formula(changes, on_policy):
+    args = grpo.Args(**changes)
+    logits, noise = random_logits(0), random_logits(1)
+    advantages = torch.linspace(-1.5, 1.5, N)
+    weights = torch.linspace(0.5, 1.0, N)
+    lp = token_logprobs(logits, TOKENS, args.temperature)[0]
+    rollout_lp, old_lp, ref_lp = (lp + 0.2 * noise[:, i] for i in range(3))
+    old_lp = None if on_policy else old_lp
+    ref_lp = ref_lp if args.kl_coef else None
+    loss, _ = grpo.loss_fn(logits, TOKENS, advantages, weights, rollout_lp, old_lp, ref_lp, args)
+    expected = 0.0
+    for n in range(N):
+        row = log_softmax_loop(logits[n].double().tolist(), args.temperature)
+        pick = [None if x is None else x[n].item() for x in (rollout_lp, old_lp, ref_lp)]
+        token = grpo_token_loop(args, row[TOKENS[n]], advantages[n].item(), *pick)
+        expected += weights[n].item() * token
+    assert loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_clipping_stops_the_gradient_on_the_favourable_side_only():
+    args = grpo.Args(kl_coef=0.0)
+    logits = torch.zeros(1, 2, requires_grad=True)
+    lp = math.log(0.5)
+    for advantage, ratio, moves in [
+        (1, 1.5, False),
+        (1, 0.5, True),
+        (-1, 0.5, False),
+        (-1, 1.5, True),
+    ]:
+        old = torch.tensor([lp - math.log(ratio)])
+        ones = torch.ones(1)
+        loss, metrics = grpo.loss_fn(
+            logits, torch.tensor([0]), advantage * ones, ones, old, old, None, args
+        )
+        (grad,) = torch.autograd.grad(loss, logits)
+        assert bool(grad.abs().sum() > 0) == moves
+        assert bool(metrics["policy/clip_fraction"]) != moves
+
+
+@pytest.mark.parametrize("norm", ["std", "none"])
+def test_advantages(rollouts, norm):
+    args = grpo.Args(group_size=4, advantage_norm=norm)
+    grpo.score(rollouts, args)
+    for first in range(0, 20, 4):
+        group = rollouts[first : first + 4]
+        rewards = [float(rollout.verdict.correct) for rollout in group]
+        mean = sum(rewards) / 4
+        deviation = math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / 3)
+        for rollout, reward in zip(group, rewards, strict=True):
+            scale = deviation + 1e-6 if norm == "std" else 1.0
+            assert rollout.advantage == pytest.approx((reward - mean) / scale, rel=1e-5)
+    assert [rollout.advantage for rollout in rollouts[:4]] == [0.0] * 4
+
+
+@pytest.mark.parametrize("agg", ["token", "sequence", "dr_grpo"])
+@pytest.mark.parametrize("mask_truncated", [True, False])
+def test_loss_aggregation(model, rollouts, agg, mask_truncated):
+    """Weights and Z against the three definitions, spelled out."""
+    args = grpo.Args(group_size=4, loss_agg=agg, mask_truncated=mask_truncated, max_new_tokens=12)
+    assert {rollout.finish for rollout in rollouts} == {"eos", "length"}
+    grpo.score(rollouts, args)
+    denominator = grpo.denominator_of(rollouts, args)
+    kept = [r for r in rollouts if not (mask_truncated and r.finish == "length")]
+    for rollout in rollouts:
+        share = rollout.weight * len(rollout.completion_ids) / denominator
+        length = len(rollout.completion_ids)
+        expected = {
+            "token": length / sum(len(r.completion_ids) for r in kept),
+            "sequence": 1 / len(kept),
+            "dr_grpo": length / (len(rollouts) * 12),
+        }[agg]
+        assert share == pytest.approx(expected if rollout in kept else 0.0)
+
+
+def test_dynamic_sampling_keeps_groups_of_mixed_outcomes(rollouts):
+    kept = grpo.mixed_groups(rollouts, 4)
+    assert [id(r) for r in kept] == [id(r) for r in rollouts[4:16]]
+
+
+def test_skipping_zero_advantages_changes_nothing(model, rollouts):
+    """Without a KL term, the gradient equals that of a reference model whose KL has no weight."""
+    args = grpo.Args(group_size=4, kl_coef=0.0)
+    grpo.score(rollouts, args)
+    skipped = grpo.backward(model, None, rollouts, args)
+    skipped_gradients = gradients(model)
+    full = grpo.backward(model, model, rollouts, args)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(skipped_gradients[name], gradient, atol=1e-6, rtol=1e-4)
+    assert skipped["loss/total"] == pytest.approx(full["loss/total"], abs=1e-6)
+
+
+def test_groups_that_all_agree_leave_no_gradient(model, rollouts):
+    args = grpo.Args(group_size=4, kl_coef=0.0)
+    grpo.score(rollouts[:4], args)
+    assert grpo.backward(model, None, rollouts[:4], args) == {"loss/total": 0.0}
+    assert gradients(model) == {}
+
+
+def test_old_logprobs_are_the_rollouts_own(model, rollouts):
+    """Same weights: the log-probs of a second pass are those that were sampled with."""
+    args = grpo.Args(micro_batch_size=3)
+    grpo.set_old_logprobs(model, rollouts, args)
+    for rollout in rollouts:
+        torch.testing.assert_close(rollout.old_logprobs, rollout.logprobs, atol=1e-5, rtol=1e-4)
+
+
+# === distillation ===
+
+
+def divergence_loop(kind: str, student: list[float], teacher: list[float]) -> float:
+    def kl(a: list[float], b: list[float]) -> float:
+        return sum(math.exp(x) * (x - y) for x, y in zip(a, b, strict=True))
+
+    if kind == "reverse_kl":
+        return kl(student, teacher)
+    if kind == "forward_kl":
+        return kl(teacher, student)
+    middle = [
+        math.log((math.exp(x) + math.exp(y)) / 2) for x, y in zip(student, teacher, strict=True)
+    ]
+    return (kl(student, middle) + kl(teacher, middle)) / 2
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_opd_divergences(kind, temperature):
+    args = opd.Args(divergence=kind, temperature=temperature)
+    student, teacher = random_logits(0), random_logits(1)
+    loss, metrics = opd.loss_fn(student, teacher, TOKENS, args)
+    rows = [
+        [log_softmax_loop(x[n].double().tolist(), temperature) for x in (student, teacher)]
+        for n in range(N)
+    ]
+    assert loss.item() == pytest.approx(sum(divergence_loop(kind, *row) for row in rows), rel=1e-4)
+    for name in ("reverse_kl", "forward_kl"):
+        expected = sum(divergence_loop(name, *row) for row in rows)
+        assert metrics[f"policy/{name}"].item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("hard_labels", [False, True])
+def test_fkl_loss(hard_labels):
+    args = fkl_warmup.Args(hard_labels=hard_labels)
+    student, teacher = random_logits(0), random_logits(1)
+    loss, _ = fkl_warmup.loss_fn(student, teacher, TOKENS, args)
+    expected = 0.0
+    for n in range(N):
+        s, t = (log_softmax_loop(x[n].double().tolist(), 1.0) for x in (student, teacher))
+        expected += -s[TOKENS[n]] if hard_labels else divergence_loop("forward_kl", s, t)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    if hard_labels:
+        without_teacher, _ = fkl_warmup.loss_fn(student, None, TOKENS, args)
+        assert without_teacher.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_sampled_opd_has_the_expected_gradient_of_the_full_reverse_kl():
+    """Enumerated: the sampled gradients of all tokens, weighted by the student's probabilities."""
+    student, teacher = random_logits(0)[:1], random_logits(1)[:1]
+    logits = student.clone().requires_grad_()
+    full, _ = opd.loss_fn(logits, teacher, torch.tensor([0]), opd.Args())
+    (full_gradient,) = torch.autograd.grad(full, logits)
+    expected_gradient, expected_loss = torch.zeros_like(logits), 0.0
+    for token, probability in enumerate(student.softmax(-1)[0]):
+        args = opd.Args(estimator="sampled")
+        loss, _ = opd.loss_fn(logits, teacher, torch.tensor([token]), args)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        expected_gradient += probability * gradient
+        expected_loss += probability.item() * loss.item()
+    torch.testing.assert_close(expected_gradient, full_gradient, atol=1e-6, rtol=1e-4)
+    assert expected_loss == pytest.approx(full.item(), rel=1e-4)
+
+
+def test_topk_opd_approaches_the_full_reverse_kl_from_below():
+    student, teacher = random_logits(0), random_logits(1)
+    full = opd.loss_fn(student, teacher, TOKENS, opd.Args())[0].item()
+    values = [
+        opd.loss_fn(student, teacher, TOKENS, opd.Args(estimator="topk", topk_size=k))[0].item()
+        for k in range(1, V)
+    ]
+    assert values == sorted(values)  # merging buckets can only lose divergence
+    assert 0 < values[0] < values[-1]
+    assert values[-1] == pytest.approx(full, rel=1e-4)  # V - 1 tokens and a bucket of one
+
+
+def test_topk_opd_pulls_mass_into_the_teachers_tokens():
+    """Without the tail bucket the loss falls by moving mass out of the top k: it must not here."""
+    args = opd.Args(estimator="topk", topk_size=3)
+    student, teacher = random_logits(0).requires_grad_(), random_logits(1)
+    optimizer = torch.optim.Adam([student], lr=0.1)
+    for _ in range(300):
+        loss, _ = opd.loss_fn(student, teacher, TOKENS, args)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    before = kl_divergence(random_logits(0).log_softmax(-1), teacher.log_softmax(-1)).sum()
+    after = kl_divergence(student.log_softmax(-1), teacher.log_softmax(-1)).sum()
+    assert loss.item() < 1e-2
+    assert after < before / 2
+
+
+def test_padded_vocabulary_is_cut_to_the_shorter():
+    student, teacher = random_logits(0), random_logits(1)
+    padded = torch.cat([teacher, torch.full((N, 5), 9.0)], 1)
+    for module in (opd, fkl_warmup):
+        plain = module.loss_fn(student, teacher, TOKENS, module.Args())[0]
+        assert module.loss_fn(student, padded, TOKENS, module.Args())[0] == plain
+
+
+@pytest.mark.parametrize("module", [opd, fkl_warmup])
+def test_a_student_that_is_its_teacher_learns_nothing(model, rollouts, module):
+    """Same weights, apart: zero loss and zero gradient."""
+    teacher = type(model)(model.config).eval()
+    teacher.load_state_dict(model.state_dict())
+    metrics = module.backward(model, teacher, rollouts, module.Args())
+    assert metrics["loss/total"] == pytest.approx(0.0, abs=1e-6)
+    assert max(gradient.abs().max().item() for gradient in gradients(model).values()) < 1e-6
+    assert metrics["policy/topk_overlap"] == pytest.approx(1.0)
+
+
+# === what must not matter ===
+
+
+def run_backward(module, model, frozen, rollouts, **changes):
+    args = module.Args(**changes)
+    if module is grpo:
+        args.group_size, args.kl_coef = 4, 0.1
+        grpo.score(rollouts, args)
+    metrics = module.backward(model, frozen, rollouts, args)
+    return metrics, gradients(model)
+
+
+@pytest.mark.parametrize("module", [grpo, opd, fkl_warmup])
+@pytest.mark.parametrize("tied", [True, False])
+def test_micro_batch_and_chunk_size_do_not_matter(tokenizer, teacher, rollouts, module, tied):
+    model = tiny_model(tokenizer, tie_word_embeddings=tied)
+    whole, expected = run_backward(module, model, teacher, rollouts)
+    for micro_batch_size, chunk_size in [(1, 4096), (3, 5), (7, 1), (64, 17)]:
+        sizes = {"micro_batch_size": micro_batch_size, "chunk_size": chunk_size}
+        metrics, actual = run_backward(module, model, teacher, rollouts, **sizes)
+        assert metrics == pytest.approx(whole, rel=1e-4, abs=1e-6)
+        assert actual.keys() == expected.keys() == dict(model.named_parameters()).keys()
+        for name, gradient in expected.items():
+            atol = 1e-5 * gradient.abs().max().item()
+            torch.testing.assert_close(actual[name], gradient, atol=atol, rtol=1e-3)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_chunked_head_has_the_gradients_of_the_plain_model(tokenizer, rollouts, tied):
+    """SFT on the rollouts against transformers' own logits and one ordinary backward."""
+    model = tiny_model(tokenizer, tie_word_embeddings=tied)
+    args = fkl_warmup.Args(hard_labels=True, chunk_size=4)
+    loss = fkl_warmup.backward(model, None, rollouts, args)["loss/total"]
+    actual = gradients(model)
+    total, count = 0.0, 0
+    for rollout in rollouts:
+        ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
+        logprobs = model(input_ids=ids).logits[0].log_softmax(-1)
+        for t, token in enumerate(rollout.completion_ids):
+            total = total - logprobs[len(rollout.prompt_ids) + t - 1, token]
+            count += 1
+    (total / count).backward()
+    assert loss == pytest.approx((total / count).item(), rel=1e-5)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(actual[name], gradient, atol=2e-6, rtol=1e-3)
+
+
+def test_every_row_of_the_head_buffer_is_added_to_not_replaced():
+    """Two calls accumulate, as micro-batches must."""
+
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(4, V, bias=False)
+
+        def get_output_embeddings(self):
+            return self.head
+
+    model, hidden = Head(), torch.randn(N, 4)
+
+    def loss_fn(logits, tokens):
+        return -token_logprobs(logits, tokens)[0].sum(), {}
+
+    for _ in range(2):
+        leaf = hidden.clone().requires_grad_()
+        head_backward(leaf * 1, model, loss_fn, {"tokens": TOKENS}, 1.0, 3)
+    once = Head()
+    once.load_state_dict(model.state_dict())
+    (-token_logprobs(once.head(hidden), TOKENS)[0].sum()).backward()
+    torch.testing.assert_close(model.head.weight.grad, 2 * once.head.weight.grad)
+
+
+# === which tokens are in the loss ===
+
+
+@pytest.mark.parametrize("module", [grpo, opd, fkl_warmup])
+def test_the_loss_tokens_are_the_completions(rollouts, module):
+    """EOS included, nothing of a prompt, each predicted from the position before it."""
+    for batch in module.micro_batches(rollouts, 3, torch.device("cpu")):
+        expected = [token for rollout in batch.rollouts for token in rollout.completion_ids]
+        assert batch.tokens.tolist() == expected
+        assert int(batch.mask.sum()) == len(expected)
+        for b, rollout in enumerate(batch.rollouts):
+            sequence = rollout.prompt_ids + rollout.completion_ids
+            positions = batch.mask[b].nonzero().squeeze(-1).tolist()
+            assert [sequence[t + 1] for t in positions] == rollout.completion_ids
+            assert batch.input_ids[b, : len(sequence) - 1].tolist() == sequence[:-1]
+        spread = batch.spread([float(i) for i in range(len(batch.rollouts))]).tolist()
+        assert spread == [
+            float(i) for i, rollout in enumerate(batch.rollouts) for _ in rollout.completion_ids
+        ]
+
+
+@pytest.mark.parametrize("module", [grpo, opd, fkl_warmup])
+def test_eos_keeps_its_loss_where_pad_is_eos(rollouts, tokenizer, module):
+    """Masking by `token != pad` would drop these, and the model would forget how to stop."""
+    eos = tokenizer.eos_token_id
+    for rollout in rollouts:
+        rollout.completion_ids[-1] = eos
+    batches = list(module.micro_batches(rollouts, 8, torch.device("cpu")))
+    assert sum(int((batch.tokens == eos).sum()) for batch in batches) >= len(rollouts)
+
+
+def test_no_gradient_reaches_an_unused_word(tokenizer, rollouts):
+    """A token that only stands in prompts is read, not predicted: its head row learns from the
+    softmax alone, that is, only downwards."""
+    model = tiny_model(tokenizer, tie_word_embeddings=False)
+    word = rollouts[0].prompt_ids[-1]
+    others = [r for r in rollouts if word not in r.completion_ids]
+    fkl_warmup.backward(model, None, others, fkl_warmup.Args(hard_labels=True))
+    hidden_direction = model.lm_head.weight.grad[word]
+    logits_gradient_sum = 0.0
+    for rollout in others:
+        ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
+        with torch.no_grad():
+            output = model(input_ids=ids, output_hidden_states=True)
+        states = output.hidden_states[-1][0][len(rollout.prompt_ids) - 1 : -1]
+        probabilities = output.logits[0].softmax(-1)[len(rollout.prompt_ids) - 1 : -1, word]
+        logits_gradient_sum = logits_gradient_sum + (probabilities[:, None] * states).sum(0)
+    count = sum(len(rollout.completion_ids) for rollout in others)
+    torch.testing.assert_close(hidden_direction, logits_gradient_sum / count, atol=1e-6, rtol=1e-3)

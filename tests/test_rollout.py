@@ -1,0 +1,151 @@
+"""Rollouts: their log-probs, their seeds, how they end, and what they do not depend on."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from conftest import SAMPLED, SEED, prompt_of, prompts_of_many_lengths, tiny_model
+
+from common.logprob import token_logprobs
+from common.rollout import (
+    TorchEngine,
+    eos_token_ids,
+    load_rollouts,
+    rollout_metrics,
+    sample_and_verify,
+    sample_tokens,
+)
+from common.run import UserError, write_jsonl
+from common.verifier import Verifier
+
+
+def same(a, b) -> bool:
+    pairs = zip(a, b, strict=True)
+    return all(x.completion_ids == y.completion_ids and x.finish == y.finish for x, y in pairs)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_the_sampling_distribution(model, tokenizer, temperature):
+    """Against transformers' logits of each whole sequence by itself: no cache, padding or batch."""
+    prompts = prompts_of_many_lengths(tokenizer)
+    sampled = SAMPLED | {"temperature": temperature}
+    for rollout in TorchEngine(model, tokenizer).generate(prompts, 3, **sampled):
+        ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
+        logits = model(input_ids=ids).logits[0, len(rollout.prompt_ids) - 1 : -1]
+        expected = token_logprobs(logits, torch.tensor(rollout.completion_ids), temperature)[0]
+        torch.testing.assert_close(rollout.logprobs, expected, atol=1e-5, rtol=1e-4)
+        assert (rollout.logprobs <= 0).all()
+
+
+def test_greedy_is_transformers_generate(model, tokenizer):
+    prompts = prompts_of_many_lengths(tokenizer)
+    rollouts = TorchEngine(model, tokenizer).generate(prompts, 1, **SAMPLED | {"temperature": 0.0})
+    for prompt, rollout in zip(prompts, rollouts, strict=True):
+        expected = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=SAMPLED["max_new_tokens"],
+        )
+        assert rollout.completion_ids == expected[0, len(prompt) :].tolist()
+
+
+def test_a_sample_depends_on_its_seed_alone(model, tokenizer):
+    """Not on the batch size, on who shares the batch, or on who has finished."""
+    prompts = prompts_of_many_lengths(tokenizer)
+    whole = TorchEngine(model, tokenizer).generate(prompts, 4, **SAMPLED)
+    small = TorchEngine(model, tokenizer, batch_size=4).generate(prompts, 4, **SAMPLED)
+    assert same(whole, small)
+    fewer = TorchEngine(model, tokenizer).generate(prompts[:2], 2, **SAMPLED)
+    assert same(fewer, [whole[0], whole[1], whole[4], whole[5]])
+    other = TorchEngine(model, tokenizer).generate(prompts, 4, **SAMPLED | {"seed": (SEED, 1)})
+    assert not same(whole, other)
+    groups = [whole[first : first + 4] for first in range(0, len(whole), 4)]
+    assert any(len({tuple(r.completion_ids) for r in group}) == 4 for group in groups)
+
+
+def test_every_eos_id_ends_a_completion(model, tokenizer):
+    ends = eos_token_ids(model, tokenizer)
+    assert ends == {tokenizer.eos_token_id, *range(10, 20)}
+    rollouts = TorchEngine(model, tokenizer).generate(
+        prompts_of_many_lengths(tokenizer), 8, **SAMPLED
+    )
+    for rollout in rollouts:
+        *before, last = rollout.completion_ids
+        assert not ends.intersection(before)
+        assert (rollout.finish == "eos") == (last in ends)
+        assert rollout.finish == "eos" or len(rollout.completion_ids) == SAMPLED["max_new_tokens"]
+    assert Counter(rollout.finish for rollout in rollouts).keys() == {"eos", "length"}
+    seen = {rollout.completion_ids[-1] for rollout in rollouts if rollout.finish == "eos"}
+    assert len(seen) > 1
+
+
+def test_sampling_follows_the_distribution():
+    """20,000 stratified uniforms: each token's share is its probability to 1e-3."""
+    logits = torch.tensor([2.0, 0.0, -torch.inf, 1.0, -3.0])
+    count = 20_000
+    uniforms = (torch.arange(count) + 0.5) / count
+    tokens = sample_tokens(logits.expand(count, -1), uniforms, top_p=1.0, top_k=0)
+    shares = torch.bincount(tokens, minlength=5) / count
+    torch.testing.assert_close(shares, logits.softmax(-1), atol=1e-3, rtol=0)
+    assert shares[2] == 0
+
+
+def test_a_uniform_next_to_one_stays_in_the_support():
+    logits = torch.tensor([[0.0, 0.0, -torch.inf]])
+    largest = torch.tensor([math.nextafter(1.0, 0.0)], dtype=torch.float32).clamp(max=1 - 2**-24)
+    assert sample_tokens(logits, largest, 1.0, 0).item() == 1
+    assert sample_tokens(logits, torch.ones(1), 1.0, 0).item() == 1
+
+
+@pytest.mark.parametrize(
+    ("top_p", "top_k", "kept"), [(0.6, 0, {0, 1}), (1.0, 1, {0}), (0.99, 3, {0, 1, 2})]
+)
+def test_top_p_and_top_k_keep_the_likeliest(top_p, top_k, kept):
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    uniforms = torch.linspace(0, 0.999, 500)
+    tokens = sample_tokens(logits.expand(500, -1), uniforms, top_p, top_k)
+    assert set(tokens.tolist()) == kept
+
+
+def test_text_and_verdicts(tokenizer):
+    model = tiny_model(tokenizer)
+    prompts = [prompt_of("p", ids) for ids in prompts_of_many_lengths(tokenizer, 2)]
+
+    class Args:
+        max_new_tokens, temperature = 6, 1.0
+
+    engine = TorchEngine(model, tokenizer)
+    with Verifier() as verifier:
+        rollouts = sample_and_verify(engine, verifier, prompts, 2, Args, (SEED,))
+    for rollout in rollouts:
+        assert rollout.text == tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
+        assert (rollout.problem, rollout.gold) == ("p", "1")
+    metrics = rollout_metrics(rollouts)
+    shares = sum(metrics[f"rollout/{name}"] for name in ("wrong", "no_answer", "timeout", "crash"))
+    assert shares + metrics["rollout/accuracy"] == pytest.approx(1)
+
+
+def test_given_rollouts_are_read_back(tmp_path, tokenizer):
+    """Token ids as they were, text with an EOS, and nothing of other problems."""
+
+    class Args:
+        rollouts, max_new_tokens = str(tmp_path / "rows.jsonl"), 20
+
+    ids = tokenizer("1+1=2;", add_special_tokens=False)["input_ids"]
+    rows = [
+        {"problem": "1+1", "completion": "1+1=2;", "completion_ids": ids},
+        {"problem": "1+1", "completion": r"\boxed{2}"},
+        {"problem": "2+2", "completion": r"\boxed{4}"},
+        {"problem": "1+1", "completion": "1" * 40},
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    rollouts = load_rollouts(tokenizer, [prompt_of("1+1", [5, 6])], Args)
+    assert [rollout.completion_ids for rollout in rollouts] == [
+        ids,
+        [*tokenizer(r"\boxed{2}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id],
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", rows[2:3])
+    with pytest.raises(UserError, match="no completion"):
+        load_rollouts(tokenizer, [prompt_of("1+1", [5, 6])], Args)

@@ -1,0 +1,226 @@
+"""The scripts as users start them: child processes that train, resume, refuse bad input."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from common.run import ROOT
+
+SMALL = ["--prompts_per_step", "4", "--group_size", "4", "--warmup_steps", "1"]
+TRAINERS = {
+    "grpo": [*SMALL, "--num_steps", "2", "--eval_every", "2"],
+    "opd": [*SMALL, "--num_steps", "2"],
+    "fkl_warmup": [*SMALL, "--num_steps", "2"],
+}
+
+
+def run(script: str, *flags: object, cwd=ROOT) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+def metrics_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Each trainer's folder after two steps on the toy."""
+    root = tmp_path_factory.mktemp("trained")
+    for script, flags in TRAINERS.items():
+        done = run(script, *flags, "--output_dir", root / script)
+        assert done.returncode == 0, done.stderr
+    return root
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_two_steps_move_every_parameter(trained, script):
+    folder = trained / script
+    rows = metrics_of(folder)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert rows[-1]["optim/grad_norm"] > 0
+    before = load_file(
+        ROOT / "toy" / ("teacher" if script == "grpo" else "student") / "model.safetensors"
+    )
+    after = load_file(folder / "final" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert [name for name in before if before[name].equal(after[name])] == []
+    AutoModelForCausalLM.from_pretrained(folder / "final")
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_the_run_folder_is_complete(trained, script):
+    folder = trained / script
+    config = json.loads((folder / "config.json").read_text())
+    assert config["script"] == script
+    assert config["prompts_per_step"] == 4
+    assert config["environment"]["torch"].startswith("2.13.0")
+    samples = [
+        json.loads(line) for line in (folder / "rollouts/step_2.jsonl").read_text().splitlines()
+    ]
+    assert len(samples) == 16
+    assert {"problem", "answer", "completion", "outcome", "finish"} <= samples[0].keys()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["step"], manifest["verifier_calls"]) == (2, 32)
+    assert manifest["generated_tokens"] > 32
+    assert list((folder / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_every_logged_metric_is_documented(trained, script):
+    documented = set(
+        re.findall(r"^\| `([a-z]+/[a-z_]+)` \|", (ROOT / "README.md").read_text(), re.M)
+    )
+    for row in metrics_of(trained / script):
+        assert row.keys() - {"step"} <= documented
+
+
+def test_a_finished_run_is_left_alone(trained):
+    before = (trained / "opd" / "metrics.jsonl").read_bytes()
+    done = run("opd", *TRAINERS["opd"], "--output_dir", trained / "opd")
+    assert done.returncode == 0
+    assert "finished" in done.stdout
+    assert (trained / "opd" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path, script):
+    """Four steps in one go, and again from the checkpoint after the second."""
+    flags = [*SMALL, "--num_steps", "4", "--checkpoint_every", "2", "--keep_checkpoints", "3"]
+    assert run(script, *flags, "--output_dir", tmp_path / "whole").returncode == 0
+    cut = tmp_path / "cut"
+    subprocess.run(["cp", "-r", str(tmp_path / "whole"), str(cut)], check=True)
+    subprocess.run(["rm", "-r", *(str(cut / n) for n in ("manifest.json", "final"))], check=True)
+    subprocess.run(["rm", "-r", str(cut / "checkpoints" / "step_4")], check=True)
+    done = run(script, *flags, "--output_dir", cut)
+    assert done.returncode == 0, done.stderr
+    assert "after step 2" in done.stdout
+    for name in ("final/model.safetensors", "checkpoints/step_4/optimizer.safetensors"):
+        assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    timeless = [
+        [{k: v for k, v in row.items() if not k.startswith("time/")} for row in metrics_of(folder)]
+        for folder in (cut, tmp_path / "whole")
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_grpo_with_every_option(tmp_path):
+    done = run(
+        "grpo",
+        *(*SMALL, "--num_steps", "2", "--model", "toy/student", "--output_dir", tmp_path / "run"),
+        *("--dtype", "bfloat16", "--num_epochs", "2", "--num_minibatches", "2"),
+        *("--dynamic_sampling", "--max_refills", "2", "--mask_truncated", "--importance_cap", "2"),
+        *("--loss_agg", "dr_grpo", "--advantage_norm", "none", "--clip_high", "0.28"),
+        *("--lr_schedule", "cosine", "--weight_decay", "0.01", "--max_new_tokens", "8"),
+        *("--kl_coef", "0", "--split", "1H"),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = metrics_of(tmp_path / "run")
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert "policy/kl_ref" not in rows[0]
+
+
+def test_sft_on_given_rollouts(trained, tmp_path):
+    """Rows of another run, hard labels, no teacher: the loss is the cross-entropy, and it falls."""
+    done = run(
+        "fkl_warmup",
+        *(*SMALL, "--num_steps", "6", "--hard_labels", "--output_dir", tmp_path / "sft"),
+        *("--rollouts", trained / "grpo" / "rollouts" / "step_1.jsonl", "--teacher", "nowhere"),
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [row["loss/total"] for row in metrics_of(tmp_path / "sft")]
+    assert losses[-1] < losses[0]
+    assert json.loads((tmp_path / "sft" / "manifest.json").read_text())["generated_tokens"] == 0
+
+
+def test_evaluate(tmp_path):
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"problem": "12+34+56+78+90", "answer": "270"}\n' * 3)
+    flags = ["--benchmarks", "toy", mine, "--num_problems", "8", "--num_samples", "4"]
+    done = run("evaluate", *flags, "--model", "toy/student", "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"]
+    assert results["toy"]["num_problems"] == 8
+    assert results[str(mine)]["num_problems"] == 3
+    low, high = results["toy"]["accuracy_interval"]
+    assert 0 <= low <= results["toy"]["accuracy"] <= high <= 1
+    assert results["toy"]["pass_at"]["1"] == pytest.approx(results["toy"]["accuracy"])
+    for name, count in (("toy", 32), ("mine", 12)):
+        assert len((tmp_path / "out/samples" / f"{name}.jsonl").read_text().splitlines()) == count
+
+
+# === bad input ===
+
+BAD = {
+    "unknown model": (["--model", "no/such/model"], "neither a local folder nor a hub id"),
+    "no columns": (["--dataset", "columns.jsonl"], "no column problem or question or prompt"),
+    "empty dataset": (["--dataset", "empty.jsonl"], "is empty"),
+    "missing dataset": (["--dataset", "missing.jsonl"], "does not exist"),
+    "long prompts": (["--max_prompt_tokens", "5"], "every prompt is over --max_prompt_tokens 5"),
+    "negative size": (["--group_size", "-1"], "--group_size is -1; it must be above 0"),
+    "nan rate": (["--learning_rate", "nan"], "--learning_rate is nan"),
+    "no rate": (["--model", "copy"], "set --learning_rate for copy"),
+    "other files": (["--output_dir", "occupied"], "choose another --output_dir"),
+}
+BAD_OF_ONE = [
+    ("grpo", ["--group_size", "1"], "--group_size 1 has no standard deviation"),
+    ("grpo", ["--num_minibatches", "9999"], "--num_minibatches 9999 exceeds"),
+    ("opd", ["--teacher", "other"], "different vocabularies"),
+    ("fkl_warmup", ["--teacher", "other"], "different vocabularies"),
+    ("opd", ["--estimator", "sampled", "--divergence", "jsd"], "drop --divergence jsd"),
+    ("fkl_warmup", ["--rollouts", "columns.jsonl"], "needs text columns"),
+    ("evaluate", ["--model", "no/such/model"], "neither a local folder nor a hub id"),
+    ("evaluate", ["--top_p", "0"], "--top_p is 0"),
+    ("evaluate", ["--max_prompt_tokens", "5"], "over --max_prompt_tokens"),
+    ("bridge", ["--teacher", "other"], "set --student"),
+    ("bridge", ["--num_steps", "0"], "--num_steps is 0; it must be above 0"),
+]
+
+
+@pytest.fixture(scope="module")
+def bad_inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "columns.jsonl").write_text('{"text": "1+1", "label": "2"}\n')
+    (folder / "empty.jsonl").write_text("")
+    (folder / "occupied").mkdir()
+    (folder / "occupied" / "thesis.txt").write_text("mine")
+    for name in ("copy", "other"):
+        subprocess.run(["cp", "-r", str(ROOT / "toy" / "student"), str(folder / name)], check=True)
+    tokenizer = folder / "other" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"Q"', '"\u00c4"'))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [("opd", *case) for case in BAD.values()]
+    + [(script, *BAD["unknown model"]) for script in ("grpo", "fkl_warmup")]
+    + BAD_OF_ONE,
+)
+def test_bad_input_is_one_line_and_exit_code_2(bad_inputs, script, flags, message):
+    before = {path: path.stat().st_mtime_ns for path in bad_inputs.rglob("*")}
+    done = run(script, *flags, cwd=bad_inputs)
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(errors) == 1, done.stderr
+    assert errors[0].startswith("error: ")
+    assert message in errors[0]
+    assert {path: path.stat().st_mtime_ns for path in bad_inputs.rglob("*")} == before
+
+
+def test_another_config_leaves_the_folder_alone(trained):
+    folder = trained / "grpo"
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    done = run("grpo", *TRAINERS["grpo"], "--output_dir", folder, "--temperature", "0.9")
+    assert done.returncode == 2
+    assert "temperature: 1.0 there, 0.9 here" in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before

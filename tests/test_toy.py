@@ -1,0 +1,62 @@
+"""The shipped checkpoints: small, rebuilt by toy/make.py, and with something left to discover."""
+
+import json
+import random
+
+import pytest
+
+from common import data
+from common.run import ROOT
+from toy import make
+
+TOY = ROOT / "toy"
+
+
+def test_the_checkpoints_are_small_and_safe():
+    files = [path for name in ("teacher", "student") for path in (TOY / name).iterdir()]
+    assert sum(path.stat().st_size for path in files) <= 3_000_000
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja"}
+
+
+def test_the_data_are_what_the_script_makes(tmp_path):
+    make.make_data(make.Args(output_dir=tmp_path))
+    for name in ("train.jsonl", "test.jsonl"):
+        assert (tmp_path / name).read_bytes() == (TOY / name).read_bytes()
+
+
+def test_the_tokenizer_is_what_the_script_makes(tokenizer):
+    made = make.make_tokenizer()
+    assert made.get_vocab() == tokenizer.get_vocab()
+    assert made.chat_template == tokenizer.chat_template
+    text = make.completion_text([12, 34, 56, 78, 90], step_by_step=True)
+    assert text == r"12+34=46;46+56=102;102+78=180;180+90=270;\boxed{270}"
+    assert tokenizer.decode(made.encode(text)) == text
+    assert tokenizer.encode(text) == made.encode(text)
+
+
+def test_completions_are_right():
+    rng = random.Random(0)
+    for _ in range(100):
+        terms = make.sample_terms(rng)
+        assert eval(make.problem_text(terms)) == sum(terms)
+        text = make.completion_text(terms, step_by_step=True)
+        *steps, last = text.split(";")
+        assert all(eval(step.replace("=", "==")) for step in steps)
+        assert last == make.completion_text(terms, step_by_step=False) == rf"\boxed{{{sum(terms)}}}"
+
+
+@pytest.fixture(scope="module")
+def reports():
+    problems = data.load_evaluation_problems("toy")[:256]
+    return {name: make.report(TOY / name, problems) for name in ("teacher", "student")}
+
+
+def test_there_is_something_to_discover(reports):
+    teacher, student = reports["teacher"], reports["student"]
+    print(json.dumps(reports))
+    assert teacher["accuracy_step_by_step"] >= 0.95
+    assert teacher["accuracy_at_once"] <= 0.45
+    assert 0.05 <= teacher["step_by_step_use"] <= 0.25
+    assert student["accuracy_step_by_step"] >= 0.75  # of the few that there are: about 20
+    assert student["step_by_step_use"] <= teacher["step_by_step_use"] / 4
+    assert student["parameters"] * 4 <= teacher["parameters"]
