@@ -311,7 +311,7 @@ def main(args: Args) -> None:
             else:
                 prompts = stream.take(run.progress, args.prompts_per_step)
                 seed = (args.seed, step)
-            sampled = sample_and_verify(engine, verifier, prompts, args.group_size, args, seed)
+                sampled = sample_and_verify(engine, verifier, prompts, args.group_size, args, seed)
             metrics = rollout_metrics(sampled)
             clock.lap("generate")
 
@@ -327,7 +327,7 @@ def main(args: Args) -> None:
             clock.lap("update")
 
             # --- sync ---
-            engine.sync()
+            eval_engine.sync()
 
             # --- log ---
             run.progress.add_step(rollouts=sampled)

@@ -406,7 +406,7 @@ def main(args: Args) -> None:
             clock.lap("update")
 
             # --- sync ---
-            engine.sync()
+            eval_engine.sync()
 
             # --- log ---
             run.progress.add_step(rollouts=sampled)

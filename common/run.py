@@ -9,6 +9,7 @@ DIR/manifest.json         written last: only this says that the run is finished
 """
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -121,7 +122,7 @@ def environment() -> dict[str, str]:
 
 
 # These say how a run is watched, not what it computes: they may differ when it is resumed.
-FREE = {"environment", "track", "checkpoint_every", "keep_checkpoints"}
+FREE = {"environment", "output_dir", "track", "checkpoint_every", "keep_checkpoints"}
 
 
 def claim_folder(folder: Path, config: dict[str, object]) -> dict[str, object]:
@@ -140,7 +141,8 @@ def claim_folder(folder: Path, config: dict[str, object]) -> dict[str, object]:
         ]
         message = f"{folder} holds a run of another config ({'; '.join(differences)})"
         check(not differences, message + "; choose another --output_dir")
-    elif folder.exists():
+        return config
+    if folder.exists():
         empty = folder.is_dir() and not any(folder.iterdir())
         check(empty, f"{folder} exists and is no run's folder; choose another --output_dir")
     try:
@@ -203,11 +205,17 @@ class Run:
 
     def __init__(self, script: str, args, fingerprint: dict[str, object]):
         self.script, self.args, self.folder = Path(script).stem, args, Path(args.output_dir)
+        has_wandb = importlib.util.find_spec("wandb") is not None
+        check(has_wandb or not args.track, "--track needs Weights & Biases: pip install wandb")
         config = claim_folder(self.folder, {"script": self.script, **vars(args), **fingerprint})
+        self.progress = Progress()
+        self.finished = (self.folder / "manifest.json").exists()
+        if self.finished:
+            print(f"{self.folder} is finished already")
+            return
         (self.folder / "checkpoints").mkdir(exist_ok=True)
         (self.folder / "rollouts").mkdir(exist_ok=True)
         self.checkpoint = self._newest_checkpoint()
-        self.progress = Progress()
         if self.checkpoint:
             self.progress = Progress(**json.loads((self.checkpoint / "progress.json").read_text()))
             print(f"resuming {self.folder} after step {self.progress.step}")
@@ -220,10 +228,6 @@ class Run:
             self._wandb = wandb.init(
                 project="sparse-to-dense", name=self.folder.name, config=config, resume="allow"
             )
-
-    @property
-    def finished(self) -> bool:
-        return (self.folder / "manifest.json").exists()
 
     # --- checkpoints ---
 

@@ -1,9 +1,11 @@
 """The scripts as users start them: child processes that train, resume, refuse bad input."""
 
+import importlib
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from common.run import ROOT
+from common.run import ROOT, start
 
 SMALL = ["--prompts_per_step", "4", "--group_size", "4", "--warmup_steps", "1"]
 TRAINERS = {
@@ -98,9 +100,10 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, script):
     flags = [*SMALL, "--num_steps", "4", "--checkpoint_every", "2", "--keep_checkpoints", "3"]
     assert run(script, *flags, "--output_dir", tmp_path / "whole").returncode == 0
     cut = tmp_path / "cut"
-    subprocess.run(["cp", "-r", str(tmp_path / "whole"), str(cut)], check=True)
-    subprocess.run(["rm", "-r", *(str(cut / n) for n in ("manifest.json", "final"))], check=True)
-    subprocess.run(["rm", "-r", str(cut / "checkpoints" / "step_4")], check=True)
+    shutil.copytree(tmp_path / "whole", cut)
+    (cut / "manifest.json").unlink()
+    shutil.rmtree(cut / "final")
+    shutil.rmtree(cut / "checkpoints" / "step_4")
     done = run(script, *flags, "--output_dir", cut)
     assert done.returncode == 0, done.stderr
     assert "after step 2" in done.stdout
@@ -160,30 +163,32 @@ def test_evaluate(tmp_path):
 
 # === bad input ===
 
-BAD = {
-    "unknown model": (["--model", "no/such/model"], "neither a local folder nor a hub id"),
-    "no columns": (["--dataset", "columns.jsonl"], "no column problem or question or prompt"),
-    "empty dataset": (["--dataset", "empty.jsonl"], "is empty"),
-    "missing dataset": (["--dataset", "missing.jsonl"], "does not exist"),
-    "long prompts": (["--max_prompt_tokens", "5"], "every prompt is over --max_prompt_tokens 5"),
-    "negative size": (["--group_size", "-1"], "--group_size is -1; it must be above 0"),
-    "nan rate": (["--learning_rate", "nan"], "--learning_rate is nan"),
-    "no rate": (["--model", "copy"], "set --learning_rate for copy"),
-    "other files": (["--output_dir", "occupied"], "choose another --output_dir"),
-}
-BAD_OF_ONE = [
-    ("grpo", ["--group_size", "1"], "--group_size 1 has no standard deviation"),
-    ("grpo", ["--num_minibatches", "9999"], "--num_minibatches 9999 exceeds"),
-    ("opd", ["--teacher", "other"], "different vocabularies"),
-    ("fkl_warmup", ["--teacher", "other"], "different vocabularies"),
-    ("opd", ["--estimator", "sampled", "--divergence", "jsd"], "drop --divergence jsd"),
-    ("fkl_warmup", ["--rollouts", "columns.jsonl"], "needs text columns"),
-    ("evaluate", ["--model", "no/such/model"], "neither a local folder nor a hub id"),
-    ("evaluate", ["--top_p", "0"], "--top_p is 0"),
-    ("evaluate", ["--max_prompt_tokens", "5"], "over --max_prompt_tokens"),
-    ("bridge", ["--teacher", "other"], "set --student"),
-    ("bridge", ["--num_steps", "0"], "--num_steps is 0; it must be above 0"),
+BAD = [
+    ("--model no/such/model --learning_rate 1e-6", "neither a local folder nor a hub id"),
+    ("--dataset columns.jsonl", "no column problem or question or prompt"),
+    ("--dataset empty.jsonl", "is empty"),
+    ("--dataset missing.jsonl", "does not exist"),
+    ("--max_prompt_tokens 5", "every prompt is over --max_prompt_tokens 5"),
+    ("--group_size -1", "--group_size is -1; it must be above 0"),
+    ("--learning_rate nan", "--learning_rate is nan"),
+    ("--model copy", "set --learning_rate for copy"),
+    ("--output_dir occupied", "choose another --output_dir"),
+    ("--model occupied --learning_rate 1e-6", "has no config.json"),
 ]
+CASES = [(script, *case) for script in TRAINERS for case in BAD] + [
+    ("grpo", "--group_size 1", "--group_size 1 has no standard deviation"),
+    ("grpo", "--num_minibatches 9999", "--num_minibatches 9999 exceeds"),
+    ("opd", "--teacher other", "different vocabularies"),
+    ("fkl_warmup", "--teacher other", "different vocabularies"),
+    ("opd", "--estimator sampled --divergence jsd", "drop --divergence jsd"),
+    ("fkl_warmup", "--rollouts columns.jsonl", "needs text columns"),
+    ("evaluate", "--model no/such/model", "neither a local folder nor a hub id"),
+    ("evaluate", "--top_p 0", "--top_p is 0"),
+    ("evaluate", "--max_prompt_tokens 5", "over --max_prompt_tokens"),
+    ("bridge", "--teacher other", "set --student"),
+    ("bridge", "--num_steps 0", "--num_steps is 0; it must be above 0"),
+]
+AS_PROCESSES = [CASES[0], CASES[1], *CASES[30:33]]
 
 
 @pytest.fixture(scope="module")
@@ -194,33 +199,45 @@ def bad_inputs(tmp_path_factory):
     (folder / "occupied").mkdir()
     (folder / "occupied" / "thesis.txt").write_text("mine")
     for name in ("copy", "other"):
-        subprocess.run(["cp", "-r", str(ROOT / "toy" / "student"), str(folder / name)], check=True)
+        shutil.copytree(ROOT / "toy" / "student", folder / name)
     tokenizer = folder / "other" / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace('"Q"', '"\u00c4"'))
     return folder
 
 
-@pytest.mark.parametrize(
-    ("script", "flags", "message"),
-    [("opd", *case) for case in BAD.values()]
-    + [(script, *BAD["unknown model"]) for script in ("grpo", "fkl_warmup")]
-    + BAD_OF_ONE,
-)
-def test_bad_input_is_one_line_and_exit_code_2(bad_inputs, script, flags, message):
-    before = {path: path.stat().st_mtime_ns for path in bad_inputs.rglob("*")}
-    done = run(script, *flags, cwd=bad_inputs)
-    assert done.returncode == 2, done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(errors) == 1, done.stderr
-    assert errors[0].startswith("error: ")
-    assert message in errors[0]
-    assert {path: path.stat().st_mtime_ns for path in bad_inputs.rglob("*")} == before
+def check_refusal(folder, before, code: int, stderr: str, message: str) -> None:
+    """One line, exit code 2, and not a file touched."""
+    assert code == 2, stderr
+    (error,) = [line for line in stderr.splitlines() if line.strip()]
+    assert error.startswith("error: ")
+    assert message in error
+    assert stamps(folder) == before
+
+
+def stamps(folder) -> dict:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(("script", "flags", "message"), CASES)
+def test_bad_input(bad_inputs, monkeypatch, capsys, script, flags, message):
+    monkeypatch.chdir(bad_inputs)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags.split()])
+    module, before = importlib.import_module(script), stamps(bad_inputs)
+    with pytest.raises(SystemExit) as stop:
+        start(module.main, module.Args, module.__doc__)
+    check_refusal(bad_inputs, before, stop.value.code, capsys.readouterr().err, message)
+
+
+@pytest.mark.parametrize(("script", "flags", "message"), AS_PROCESSES)
+def test_bad_input_of_a_child_process(bad_inputs, script, flags, message):
+    before = stamps(bad_inputs)
+    done = run(script, *flags.split(), cwd=bad_inputs)
+    check_refusal(bad_inputs, before, done.returncode, done.stderr, message)
 
 
 def test_another_config_leaves_the_folder_alone(trained):
     folder = trained / "grpo"
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    before = stamps(folder)
     done = run("grpo", *TRAINERS["grpo"], "--output_dir", folder, "--temperature", "0.9")
-    assert done.returncode == 2
-    assert "temperature: 1.0 there, 0.9 here" in done.stderr
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    message = "temperature: 1.0 there, 0.9 here"
+    check_refusal(folder, before, done.returncode, done.stderr, message)
