@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common.data import BENCHMARKS
+from common.data import default_decontamination
 from common.run import ROOT, UserError, check, check_ranges, start, write_atomic, write_json
 
 
@@ -219,9 +219,8 @@ def fill_in(args: Args) -> Preset:
 def plan(args: Args, preset: Preset) -> list[Stage]:
     """The stages in order."""
     root = Path(args.output_dir) / f"seed_{args.seed}"
-    # A dataset of the hub may overlap any benchmark; a local file is its owner's business.
-    from_hub = args.dataset != "toy" and not args.dataset.endswith((".jsonl", ".parquet"))
-    held_out = tuple(dict.fromkeys((*args.benchmarks, *(BENCHMARKS if from_hub else ()))))
+    held_out = (*args.benchmarks, *default_decontamination(args.dataset))
+    held_out = tuple(dict.fromkeys(held_out))
     stages: list[Stage] = []
 
     def train(name: str, kind: str, script: str, model: str, split: str, **own) -> Stage:

@@ -100,8 +100,8 @@ class Args:
     """the answer's column, if it is not found by itself"""
     eval_dataset: str = "toy"
     """what --eval_every evaluates on: toy (held out), a benchmark or a file"""
-    decontaminate: tuple[str, ...] = ("toy",)
-    """evaluation sets whose problems are removed from the training data"""
+    decontaminate: tuple[str, ...] | None = None
+    """evaluation sets whose problems are removed; by itself every benchmark, for a hub dataset"""
     max_prompt_tokens: int = 128
     """longer prompts are dropped"""
     thinking: bool = False
@@ -255,9 +255,8 @@ def learning_rate_at(step: int, args: Args) -> float:
         return args.learning_rate * step / args.warmup_steps
     left = (args.num_steps - step + 1) / (args.num_steps - args.warmup_steps)
     cosine = 0.5 - 0.5 * math.cos(math.pi * left)
-    return (
-        args.learning_rate * {"constant": 1.0, "linear": left, "cosine": cosine}[args.lr_schedule]
-    )
+    factor = {"constant": 1.0, "linear": left, "cosine": cosine}[args.lr_schedule]
+    return args.learning_rate * factor
 
 
 # === main ===
@@ -274,13 +273,13 @@ def main(args: Args) -> None:
         check_same_vocabulary(args.teacher, args.model)
 
     # --- data ---
-    prompts = data.training_prompts(tokenizer, args)
-    given = load_rollouts(tokenizer, prompts, args) if args.rollouts else []
-    stream = data.Stream(given or prompts, args.seed)
+    dataset = data.training_prompts(tokenizer, args)
+    given = load_rollouts(tokenizer, dataset, args) if args.rollouts else []
+    stream = data.Stream(given or dataset, args.seed)
     eval_prompts = data.evaluation_prompts(tokenizer, args) if args.eval_every else []
 
     # --- model ---
-    run = Run(__file__, args, data.fingerprint(tokenizer, prompts))
+    run = Run(__file__, args, data.fingerprint(tokenizer, dataset))
     if run.finished:
         return
     model = load_model(run.checkpoint or args.model, args.dtype, device, trainable=True)

@@ -7,7 +7,7 @@ A source is `toy`, a benchmark's name, a hub id (`owner/name` or `owner/name:con
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from common.verifier import extract_answer
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 
-TOY = {"train": ROOT / "toy" / "train.jsonl", "test": ROOT / "toy" / "test.jsonl"}
+# Of the source `toy`: what is trained on, and what is held out.
+TOY_TRAIN, TOY_TEST = ROOT / "toy" / "train.jsonl", ROOT / "toy" / "test.jsonl"
 
 # name -> hub id, config, split
 BENCHMARKS = {
@@ -79,7 +80,7 @@ def load_problems(
 
 def _read_rows(source: str) -> list[dict]:
     if source == "toy":
-        return read_jsonl(TOY["train"])
+        return read_jsonl(TOY_TRAIN)
     if source.endswith(".jsonl"):
         return read_jsonl(Path(source))
     if source.endswith(".parquet"):
@@ -144,7 +145,7 @@ def _final_answer(answer: str) -> str:
 def load_training_problems(
     source: str,
     split: str,
-    decontaminate: Sequence[str],
+    decontaminate: Iterable[str],
     problem_column: str | None = None,
     answer_column: str | None = None,
 ) -> list[Problem]:
@@ -177,9 +178,15 @@ def load_training_problems(
     return kept
 
 
+def default_decontamination(source: str) -> tuple[str, ...]:
+    """A dataset of the hub may overlap any benchmark; a local file is its owner's business."""
+    local = source == "toy" or source.endswith((".jsonl", ".parquet"))
+    return () if local else tuple(BENCHMARKS)
+
+
 def load_evaluation_problems(source: str) -> list[Problem]:
     """As load_problems; `toy` is the toy's held-out set."""
-    return load_problems(str(TOY["test"]) if source == "toy" else source)
+    return load_problems(str(TOY_TEST) if source == "toy" else source)
 
 
 # === prompts ===
@@ -219,8 +226,11 @@ def render_prompts(tokenizer, problems: list[Problem], args) -> list[Prompt]:
 
 def training_prompts(tokenizer, args) -> list[Prompt]:
     """The prompts that a trainer's --dataset, --split and --decontaminate name."""
+    held_out = args.decontaminate
+    held_out = default_decontamination(args.dataset) if held_out is None else held_out
+    held_out = dict.fromkeys((*held_out, args.eval_dataset))
     problems = load_training_problems(
-        args.dataset, args.split, args.decontaminate, args.problem_column, args.answer_column
+        args.dataset, args.split, held_out, args.problem_column, args.answer_column
     )
     return render_prompts(tokenizer, problems, args)
 
