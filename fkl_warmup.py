@@ -31,22 +31,8 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from common import data
-from common.logprob import (
-    head_backward,
-    head_logits,
-    hidden_states,
-    kl_divergence,
-    token_logprobs,
-    transfer_metrics,
-)
-from common.model import (
-    DTYPES,
-    check_same_vocabulary,
-    load_model,
-    load_tokenizer,
-    resolve_device,
-)
+from common import data, logprob
+from common.model import DTYPES, load_model, load_tokenizer, resolve_device
 from common.rollout import (
     Rollout,
     TorchEngine,
@@ -162,7 +148,7 @@ def score(teacher, batch: "MicroBatch", args: Args) -> torch.Tensor | None:
     """
     if teacher is None:
         return None
-    return hidden_states(teacher, batch.input_ids, batch.mask, DTYPES[args.dtype])
+    return logprob.hidden_states(teacher, batch.input_ids, batch.mask, DTYPES[args.dtype])
 
 
 # === loss ===
@@ -176,7 +162,7 @@ def loss_fn(
     A vocabulary padded beyond the other model's is cut to the shorter one.
     """
     if teacher_logits is None:
-        logprobs, entropy = token_logprobs(logits, tokens, args.temperature)
+        logprobs, entropy = logprob.token_logprobs(logits, tokens, args.temperature)
         return -logprobs.sum(), {"policy/entropy": entropy.detach().sum()}
     size = min(logits.shape[-1], teacher_logits.shape[-1])
     logq = (logits[:, :size].float() / args.temperature).log_softmax(-1)  # the student's
@@ -184,8 +170,8 @@ def loss_fn(
     if args.hard_labels:
         loss = -logq.gather(-1, tokens[:, None]).squeeze(-1)
     else:
-        loss = kl_divergence(logp, logq)
-    return loss.sum(), transfer_metrics(logq.detach(), logp)
+        loss = logprob.kl_divergence(logp, logq)
+    return loss.sum(), logprob.transfer_metrics(logq.detach(), logp)
 
 
 # === micro-batches ===
@@ -233,14 +219,16 @@ def backward(model, teacher, rollouts: list[Rollout], args: Args) -> dict[str, f
     dtype, denominator = DTYPES[args.dtype], sum(len(row.completion_ids) for row in rollouts)
 
     def chunk_loss(logits: torch.Tensor, teacher_hidden: torch.Tensor | None, tokens: torch.Tensor):
-        teacher_logits = None if teacher is None else head_logits(teacher_hidden, teacher)
+        teacher_logits = None if teacher is None else logprob.head_logits(teacher_hidden, teacher)
         return loss_fn(logits, teacher_logits, tokens, args)
 
     sums = {"loss": 0.0}
     for batch in micro_batches(rollouts, args.micro_batch_size, model.device):
-        hidden = hidden_states(model, batch.input_ids, batch.mask, dtype)
+        hidden = logprob.hidden_states(model, batch.input_ids, batch.mask, dtype)
         inputs = {"teacher_hidden": score(teacher, batch, args), "tokens": batch.tokens}
-        head_sums = head_backward(hidden, model, chunk_loss, inputs, denominator, args.chunk_size)
+        head_sums = logprob.head_backward(
+            hidden, model, chunk_loss, inputs, denominator, args.chunk_size
+        )
         sums = {name: sums.get(name, 0.0) + value for name, value in head_sums.items()}
     loss = sums.pop("loss") / denominator
     return {"loss/total": loss} | {name: value / denominator for name, value in sums.items()}
@@ -267,10 +255,8 @@ def main(args: Args) -> None:
     check_args(args)
     device = resolve_device(args.device)
     torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer(args.model)
     plain_sft = args.hard_labels and args.rollouts
-    if not plain_sft:
-        check_same_vocabulary(args.teacher, args.model)
+    tokenizer = load_tokenizer(args.model, args.model if plain_sft else args.teacher)
 
     # --- data ---
     dataset = data.training_prompts(tokenizer, args)

@@ -33,8 +33,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from common import data
-from common.logprob import head_backward, head_logprobs, hidden_states, token_logprobs
+from common import data, logprob
 from common.model import DTYPES, load_model, load_tokenizer, resolve_device
 from common.rollout import Rollout, TorchEngine, rollout_metrics, sample_and_verify
 from common.run import Clock, Run, check, check_ranges, mean, start
@@ -207,7 +206,7 @@ def loss_fn(
     `old_logprobs` None: the policy has not moved since it sampled, so the ratio is 1 (its gradient
     is not 0). Returns the weighted sum and the unweighted sums of what is logged.
     """
-    logprobs, entropy = token_logprobs(logits, tokens, args.temperature)
+    logprobs, entropy = logprob.token_logprobs(logits, tokens, args.temperature)
     old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
@@ -277,7 +276,7 @@ def backward(model, ref_model, rollouts: list[Rollout], args: Args) -> dict[str,
     num_tokens = sum(len(rollout.completion_ids) for rollout in trained)
     sums = {"loss": 0.0}
     for batch in micro_batches(trained, args.micro_batch_size, model.device):
-        hidden = hidden_states(model, batch.input_ids, batch.mask, dtype)
+        hidden = logprob.hidden_states(model, batch.input_ids, batch.mask, dtype)
         inputs = {
             "tokens": batch.tokens,
             "advantages": batch.spread([rollout.advantage for rollout in batch.rollouts]),
@@ -291,7 +290,9 @@ def backward(model, ref_model, rollouts: list[Rollout], args: Args) -> dict[str,
         if ref_model is not None:
             inputs["ref_logprobs"] = frozen_logprobs(ref_model, batch, args)
         chunk_loss = partial(loss_fn, args=args)
-        head_sums = head_backward(hidden, model, chunk_loss, inputs, denominator, args.chunk_size)
+        head_sums = logprob.head_backward(
+            hidden, model, chunk_loss, inputs, denominator, args.chunk_size
+        )
         sums = {name: sums.get(name, 0.0) + value for name, value in head_sums.items()}
     loss = sums.pop("loss") / denominator
     return {"loss/total": loss} | {name: value / num_tokens for name, value in sums.items()}
@@ -300,8 +301,8 @@ def backward(model, ref_model, rollouts: list[Rollout], args: Args) -> dict[str,
 @torch.no_grad()
 def frozen_logprobs(model, batch: MicroBatch, args: Args) -> torch.Tensor:
     """Log-probs [N] of a micro-batch's loss tokens, without gradient."""
-    hidden = hidden_states(model, batch.input_ids, batch.mask, DTYPES[args.dtype])
-    return head_logprobs(hidden, model, batch.tokens, args.temperature, args.chunk_size)
+    hidden = logprob.hidden_states(model, batch.input_ids, batch.mask, DTYPES[args.dtype])
+    return logprob.head_logprobs(hidden, model, batch.tokens, args.temperature, args.chunk_size)
 
 
 def set_old_logprobs(model, rollouts: list[Rollout], args: Args) -> None:

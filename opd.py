@@ -32,21 +32,8 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from common import data
-from common.logprob import (
-    head_backward,
-    head_logits,
-    hidden_states,
-    kl_divergence,
-    transfer_metrics,
-)
-from common.model import (
-    DTYPES,
-    check_same_vocabulary,
-    load_model,
-    load_tokenizer,
-    resolve_device,
-)
+from common import data, logprob
+from common.model import DTYPES, load_model, load_tokenizer, resolve_device
 from common.rollout import Rollout, TorchEngine, rollout_metrics, sample_and_verify
 from common.run import Clock, Run, check, check_ranges, start
 from common.verifier import Verifier
@@ -159,7 +146,7 @@ def score(teacher, batch: "MicroBatch", args: Args) -> torch.Tensor:
 
     Not its logits: they would be [N, V]. Its head is applied chunk by chunk, beside the student's.
     """
-    return hidden_states(teacher, batch.input_ids, batch.mask, DTYPES[args.dtype])
+    return logprob.hidden_states(teacher, batch.input_ids, batch.mask, DTYPES[args.dtype])
 
 
 # === loss ===
@@ -181,15 +168,15 @@ def loss_fn(
         # exp(x - x) is 1 with the gradient of x: the loss shown is the reverse KL's estimate.
         loss = -advantages * (logprobs - logprobs.detach()).exp()
     elif args.estimator == "topk":
-        loss = kl_divergence(*top_k_buckets(logq, logp, args.topk_size))
+        loss = logprob.kl_divergence(*top_k_buckets(logq, logp, args.topk_size))
     elif args.divergence == "reverse_kl":
-        loss = kl_divergence(logq, logp)
+        loss = logprob.kl_divergence(logq, logp)
     elif args.divergence == "forward_kl":
-        loss = kl_divergence(logp, logq)
+        loss = logprob.kl_divergence(logp, logq)
     else:
         mixture = torch.logaddexp(logq, logp) - math.log(2)
-        loss = (kl_divergence(logq, mixture) + kl_divergence(logp, mixture)) / 2
-    return loss.sum(), transfer_metrics(logq.detach(), logp)
+        loss = (logprob.kl_divergence(logq, mixture) + logprob.kl_divergence(logp, mixture)) / 2
+    return loss.sum(), logprob.transfer_metrics(logq.detach(), logp)
 
 
 def top_k_buckets(
@@ -250,13 +237,15 @@ def backward(model, teacher, rollouts: list[Rollout], args: Args) -> dict[str, f
     dtype, denominator = DTYPES[args.dtype], sum(len(row.completion_ids) for row in rollouts)
 
     def chunk_loss(logits: torch.Tensor, teacher_hidden: torch.Tensor, tokens: torch.Tensor):
-        return loss_fn(logits, head_logits(teacher_hidden, teacher), tokens, args)
+        return loss_fn(logits, logprob.head_logits(teacher_hidden, teacher), tokens, args)
 
     sums = {"loss": 0.0}
     for batch in micro_batches(rollouts, args.micro_batch_size, model.device):
-        hidden = hidden_states(model, batch.input_ids, batch.mask, dtype)
+        hidden = logprob.hidden_states(model, batch.input_ids, batch.mask, dtype)
         inputs = {"teacher_hidden": score(teacher, batch, args), "tokens": batch.tokens}
-        head_sums = head_backward(hidden, model, chunk_loss, inputs, denominator, args.chunk_size)
+        head_sums = logprob.head_backward(
+            hidden, model, chunk_loss, inputs, denominator, args.chunk_size
+        )
         sums = {name: sums.get(name, 0.0) + value for name, value in head_sums.items()}
     loss = sums.pop("loss") / denominator
     return {"loss/total": loss} | {name: value / denominator for name, value in sums.items()}
@@ -283,8 +272,7 @@ def main(args: Args) -> None:
     check_args(args)
     device = resolve_device(args.device)
     torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer(args.model)
-    check_same_vocabulary(args.teacher, args.model)
+    tokenizer = load_tokenizer(args.model, args.teacher)
 
     # --- data ---
     dataset = data.training_prompts(tokenizer, args)

@@ -63,15 +63,24 @@ def _load(load, name: str, **kwargs):
         raise UserError(f"cannot load {name}: {str(error).strip().splitlines()[0]}") from error
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, teacher: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of `name`. The teacher's, if one is given, must mean the same by every token:
+    distillation compares distributions token by token."""
     tokenizer = _load(AutoTokenizer.from_pretrained, name)
     check(
-        tokenizer.chat_template is not None,
-        f"the tokenizer of {name} has no chat template; use an instruct model",
+        tokenizer.chat_template is not None, f"{name} has no chat template; use an instruct model"
     )
     check(tokenizer.eos_token_id is not None, f"the tokenizer of {name} has no EOS token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: masks go by length, never by token
+    if teacher is not None:
+        theirs = _load(AutoTokenizer.from_pretrained, teacher).get_vocab()
+        differing = len(dict(tokenizer.get_vocab().items() ^ theirs.items()))
+        check(
+            differing == 0,
+            f"teacher {teacher} and student {name} have different vocabularies ({differing} tokens "
+            "differ); choose two models of one family",
+        )
     return tokenizer
 
 
@@ -102,15 +111,4 @@ def _check_head(model: PreTrainedModel, name: str) -> None:
     check(
         same,
         f"{name} ({type(model).__name__}) scales or caps its logits behind the head: not supported",
-    )
-
-
-def check_same_vocabulary(teacher: str, student: str) -> None:
-    """Distillation compares distributions token by token: both must mean the same tokens."""
-    vocabularies = [load_tokenizer(name).get_vocab() for name in (teacher, student)]
-    differing = dict(vocabularies[0].items() ^ vocabularies[1].items())
-    check(
-        not differing,
-        f"teacher {teacher} and student {student} have different vocabularies "
-        f"({len(differing)} tokens differ); choose two models of one family",
     )
