@@ -95,16 +95,18 @@ def ours(value: object, note: str = "") -> Setting:
 
 Preset = dict[str, dict[str, Setting]]  # kind of stage -> flag -> setting
 
-TOY_SIZES = {"prompts_per_step": ours(16), "group_size": ours(16)}
+TOY_SHARED = {"prompts_per_step": ours(16), "group_size": ours(16)}
+TOY_GRPO = TOY_SHARED | {"warmup_steps": ours(10)}
+TOY_TRANSFER = TOY_SHARED | {"warmup_steps": ours(5)}
 TOY: Preset = {
-    "teacher_grpo": TOY_SIZES
+    "teacher_grpo": TOY_GRPO
     | {
         "num_steps": ours(40, "as many as warmup and OPD, so that cold GRPO gets as many updates"),
         "learning_rate": ours(2e-4),
     },
-    "fkl_warmup": TOY_SIZES | {"num_steps": ours(15), "learning_rate": ours(5e-4)},
-    "opd": TOY_SIZES | {"num_steps": ours(25), "learning_rate": ours(3e-4)},
-    "student_grpo": TOY_SIZES | {"num_steps": ours(20), "learning_rate": ours(3e-4)},
+    "fkl_warmup": TOY_TRANSFER | {"num_steps": ours(15), "learning_rate": ours(7e-4)},
+    "opd": TOY_TRANSFER | {"num_steps": ours(25), "learning_rate": ours(3e-4)},
+    "student_grpo": TOY_GRPO | {"num_steps": ours(20), "learning_rate": ours(3e-4)},
     "evaluate": {"num_samples": paper(16), "temperature": ours(1.0, "as in training")},
 }
 

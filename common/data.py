@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.run import ROOT, Progress, UserError, check
-from common.verifier import extract_answer
+from common.verifier import Verifier, extract_answer
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 
@@ -75,6 +75,13 @@ def load_problems(
             f"{where}: no answer in column {answer_column}",
         )
         problems.append(Problem(problem.strip(), _final_answer(str(answer))))
+    with Verifier() as verifier:
+        unreadable = verifier.unreadable([problem.answer for problem in problems])
+    if unreadable:
+        print(
+            f"dataset {source}: {len(unreadable)} gold answers cannot be read, the first is "
+            f"{unreadable[0]!r}: only an equal string will be right"
+        )
     return problems
 
 

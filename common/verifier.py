@@ -20,20 +20,30 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from typing import Literal
 
 OUTCOMES = ("correct", "wrong", "no_answer", "timeout", "crash")
 
 MAX_ANSWER_CHARS = 2_000  # answers are short; a request below the pipe's capacity never blocks
 STARTUP_S = 120.0  # importing sympy takes a second, and far longer from a cold network disk
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_ANSWER_LINE = re.compile(r"(?i:answer)\s*:\s*(.+)")
-_PLAIN_NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[+-]?\.\d+")
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_ANSWER_LINE = re.compile(r"(?i:answer)\s*:[ \t]*(\S.*)")
+_END_OF_TEXT = re.compile(r"<\|im_end\|>|<\|endoftext\|>|<\|eot_id\|>|<\|end\|>|</s>")
+# What may stand between two boxes that are one answer: `\boxed{2} \text{ and } \boxed{3}`.
+_BETWEEN_BOXES = re.compile(
+    r"(?:[\s,;$.]|\\quad|\\qquad|\\[,;: \[\]()]|\\text\{\s*(?:and|or)\s*\}|and|or)*"
+)
+_PLAIN_NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|[+-]?\.\d+")
+_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,?\\!|\\,|[ \u00a0\u2009\u202f])(?=\d{3}(?!\d))")
+_WORDS = re.compile(
+    r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{\s*([A-Za-z .'-]+)\s*\}|([A-Za-z]{4}[A-Za-z .'-]*)"
+)
 
 
 @dataclass(frozen=True)
@@ -51,43 +61,71 @@ class Verdict:
 # === reading answers ===
 
 
-def extract_answer(completion: str) -> str | None:
-    """The final answer of a completion: its last balanced `\\boxed{...}`, else its last `Answer:
-    ...` line.
+def answering_part(completion: str) -> str:
+    """What lies outside <think> ... </think>, closed or not, and before an end-of-text marker."""
+    completion = _END_OF_TEXT.split(completion, maxsplit=1)[0]
+    return completion.rpartition("</think>")[2].partition("<think>")[0]
 
-    What stands inside <think> ... </think> does not count, closed or not.
+
+def extract_answer(completion: str, marker: str | None = None) -> str | None:
+    r"""The final answer of a completion: its last balanced `\boxed{...}` or `\fbox{...}`, else its
+    last `Answer: ...` line. Boxes joined by no more than `and` or a comma are one answer.
+
+    marker: what begins the answer's line, instead of `Answer:`.
     """
-    completion = completion.rpartition("</think>")[2]
-    completion = completion.partition("<think>")[0]
-    for match in reversed(list(_BOX.finditer(completion))):
-        answer = _balanced(completion, match.end())
-        if answer is not None:
-            return answer.strip() or None
-    lines = _ANSWER_LINE.findall(completion)
-    return lines[-1].strip().strip("*$").strip() or None if lines else None
+    completion = answering_part(completion)
+    boxes = _boxes(completion)
+    if boxes:
+        first = len(boxes) - 1
+        while first > 0 and _BETWEEN_BOXES.fullmatch(
+            completion, boxes[first - 1][1], boxes[first][0]
+        ):
+            first -= 1
+        contents = [content.strip() for _, _, content in boxes[first:]]
+        return ", ".join(filter(None, contents)) or None
+    line = _ANSWER_LINE if marker is None else re.compile(re.escape(marker) + r"[ \t]*(\S.*)")
+    lines = line.findall(completion)
+    return (lines[-1].strip().strip("*").strip() or None) if lines else None
 
 
-def _balanced(text: str, start: int) -> str | None:
-    """text[start:end] up to the brace that closes the one before `start`; None if nothing closes
-    it."""
-    depth = 1
-    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(match.group(), 0)
-        if depth == 0:
-            return text[start : match.start()]
-    return None
+def _boxes(text: str) -> list[tuple[int, int, str]]:
+    """(start, end, content) of each balanced box that stands in no other, in one pass."""
+    boxes: list[tuple[int, int, str]] = []
+    open_braces: list[re.Match] = []
+    for match in _BRACES.finditer(text):
+        if match.group() == "}":
+            opened = open_braces.pop() if open_braces else None
+            if opened is not None and opened.group() != "{":
+                while boxes and boxes[-1][0] > opened.start():
+                    boxes.pop()
+                boxes.append((opened.start(), match.end(), text[opened.end() : match.start()]))
+        elif match.group().endswith("{") and match.group() != r"\{":
+            open_braces.append(match)
+    return boxes
 
 
 def compare_cheaply(answer: str, gold: str) -> bool | None:
-    """Equality of equal strings and of plain decimal numbers; None where it takes a parser to
-    tell."""
+    """Equality of equal strings, plain decimal numbers and words; None where it takes a parser."""
     if answer == gold:
         return True
     if len(answer) > MAX_ANSWER_CHARS:
         return False
-    if _PLAIN_NUMBER.fullmatch(answer) and _PLAIN_NUMBER.fullmatch(gold):
-        return Decimal(answer.replace(",", "")) == Decimal(gold.replace(",", ""))
-    return None
+    numbers = _plain_number(answer), _plain_number(gold)
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    words = _words(answer), _words(gold)
+    # math-verify reads a word as the product of its letters, equal to every anagram of it.
+    return words[0] == words[1] if None not in words else None
+
+
+def _plain_number(text: str) -> Decimal | None:
+    text = _THOUSANDS.sub("", text.strip().strip("$").strip().removeprefix(r"\$").rstrip("."))
+    return Decimal(text.replace(",", "")) if _PLAIN_NUMBER.fullmatch(text) else None
+
+
+def _words(text: str) -> str | None:
+    match = _WORDS.fullmatch(text.strip().strip("$").strip())
+    return " ".join((match[1] or match[2]).lower().split()) if match else None
 
 
 # === worker processes ===
@@ -119,7 +157,7 @@ class _Worker:
     def fileno(self) -> int:
         return self.process.stdout.fileno()
 
-    def send(self, item: int, answer: str, gold: str, timeout_s: float) -> None:
+    def send(self, item: int, answer: str | None, gold: str, timeout_s: float) -> None:
         self.item, self.deadline = item, time.monotonic() + timeout_s
         with contextlib.suppress(BrokenPipeError):  # it just died: its stdout ends, which is read
             self.process.stdin.write(json.dumps([answer, gold]).encode() + b"\n")
@@ -161,27 +199,49 @@ class Verifier:
             worker.kill()
         self._workers.clear()
 
-    def grade(self, completions: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
-        """One verdict per completion, in order."""
+    def grade(
+        self,
+        completions: Sequence[str],
+        golds: Sequence[str],
+        *,
+        marker: str | None = None,
+        free_form: bool = False,
+    ) -> list[Verdict]:
+        """One verdict per completion, in order.
+
+        marker: as for `extract_answer`. free_form: a completion that marks no answer is compared as
+        a whole, for bare answers and sentences; else it is `no_answer`.
+        """
         verdicts: list[Verdict | None] = []
         hard: dict[int, tuple[str, str]] = {}  # index -> (answer, gold), left to the workers
         for i, (completion, gold) in enumerate(zip(completions, golds, strict=True)):
-            answer = extract_answer(completion)
-            same = None if answer is None else compare_cheaply(answer, gold)
+            answer = extract_answer(completion, marker)
+            if answer is None and free_form:
+                answer = answering_part(completion).strip() or None
+            same = None if answer is None else compare_cheaply(answer, gold.strip())
             if answer is not None and same is None:
                 hard[i] = (answer, gold)
             outcome = "no_answer" if answer is None else "correct" if same else "wrong"
             verdicts.append(Verdict(outcome, answer))
+        for i, outcome in self._ask_workers(hard).items():
+            verdicts[i] = Verdict(outcome, hard[i][0])
+        return verdicts
+
+    def unreadable(self, golds: Sequence[str]) -> list[str]:
+        """Gold answers that are no number, word or expression: only an equal string will do."""
+        hard = [g for g in dict.fromkeys(golds) if _plain_number(g) is None and _words(g) is None]
+        outcomes = self._ask_workers({i: (None, gold) for i, gold in enumerate(hard)})
+        return [gold for i, gold in enumerate(hard) if outcomes[i] != "correct"]
+
+    def _ask_workers(self, items: dict[int, tuple[str | None, str]]) -> dict[int, str]:
         with self._lock:
             try:
-                for i, outcome in self._grade_in_workers(hard).items():
-                    verdicts[i] = Verdict(outcome, hard[i][0])
+                return self._dispatch(items)
             except BaseException:
                 self.close()  # else the next batch would read the replies to this one
                 raise
-        return verdicts
 
-    def _grade_in_workers(self, items: dict[int, tuple[str, str]]) -> dict[int, str]:
+    def _dispatch(self, items: dict[int, tuple[str | None, str]]) -> dict[int, str]:
         outcomes: dict[int, str] = {}
         pending = deque(items)
         while len(outcomes) < len(items):
@@ -197,7 +257,7 @@ class Verifier:
                     worker.ready = True
                     continue
                 outcomes[worker.item], worker.item = _OUTCOMES[reply], None
-                if reply not in (b"0", b"1"):
+                if reply in (b"t", b""):
                     self._drop(worker)
         return outcomes
 
@@ -222,7 +282,10 @@ class Verifier:
 
 
 def _worker_main(timeout_s: float, memory_mb: int) -> None:
-    """The child. Reads [answer, gold] lines; replies 1 (equal), 0 (not equal), x (exception)."""
+    """The child. Reads [answer, gold] lines; replies 1 (equal), 0 (not equal), x (exception).
+
+    An answer of null asks whether the gold answer can be read.
+    """
     if sys.platform == "linux":
         import resource
 
@@ -232,6 +295,12 @@ def _worker_main(timeout_s: float, memory_mb: int) -> None:
     from math_verify import parse, verify
 
     logging.disable()  # math-verify warns that its own time-outs are off
+
+    def read(text: str) -> list:
+        """As LaTeX of an answer; if there is prose or markup around it, as a text that has one."""
+        prose = re.search(r"\$|\\\[|\\\(|\\boxed|[A-Za-z]{2,} [A-Za-z]{2,}", text)
+        return parse(text if prose else rf"\boxed{{{text}}}", parsing_timeout=None)
+
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # nothing that a library prints may pass for a reply
     out.write(b"r")
@@ -240,15 +309,74 @@ def _worker_main(timeout_s: float, memory_mb: int) -> None:
         signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 1)
         answer, gold = json.loads(line)
         try:
-            gold_parsed = parse(rf"\boxed{{{gold}}}", parsing_timeout=None)
-            answer_parsed = parse(rf"\boxed{{{answer}}}", parsing_timeout=None)
-            # The gold comes first: verify() is not symmetric.
-            reply = b"1" if verify(gold_parsed, answer_parsed, timeout_seconds=None) else b"0"
+            if answer is None:  # what math-verify cannot read, it returns as a string
+                yes = any(not isinstance(value, str) for value in read(gold))
+            else:  # the gold comes first: verify() is not symmetric
+                yes = verify(read(gold), read(answer), timeout_seconds=None)
+            reply = b"1" if yes else b"0"
+        except MemoryError:
+            os._exit(1)  # what is left of this process is not to be trusted
         except Exception:
             reply = b"x"
         signal.setitimer(signal.ITIMER_REAL, 0)
         out.write(reply)
 
 
+# === grading files ===
+
+
+@dataclass
+class Args:
+    files: "tyro.conf.Positional[tuple[Path, ...]]"
+    """.jsonl files of rows with gold, pred and expected (1 right, 0 wrong)"""
+    show: Literal["fn", "fp"] | None = None
+    """print the false negatives or the false positives instead of the counts"""
+    marker: str | None = None
+    """what begins the line of the answer, instead of Answer:"""
+    num_workers: int = 2
+    """processes"""
+    timeout_s: float = 2.0
+    """deadline of one comparison, seconds"""
+
+
+def grade_files(args: Args) -> None:
+    """Verdicts against labels; rows with a `review` note (conventions, wrong labels) apart."""
+    reports, shown = [], []
+    with Verifier(args.num_workers, args.timeout_s) as verifier:
+        verifier.grade([r"\boxed{\frac{1}{2}}"] * args.num_workers, ["0.5"] * args.num_workers)
+        for path in args.files:
+            rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+            preds, golds = [str(r["pred"]) for r in rows], [str(r["gold"]) for r in rows]
+            began = time.perf_counter()
+            verdicts = verifier.grade(preds, golds, marker=args.marker, free_form=True)
+            seconds = time.perf_counter() - began
+            errors = Counter()
+            for row, verdict in zip(rows, verdicts, strict=True):
+                if verdict.correct != bool(row["expected"]):
+                    kind = "fp" if verdict.correct else "fn"
+                    errors[kind, bool(row.get("review"))] += 1
+                    shown += [{**row, "read": verdict.answer}] if args.show == kind else []
+            reports.append(
+                {
+                    "file": str(path),
+                    "rows": len(rows),
+                    "outcomes": dict(Counter(verdict.outcome for verdict in verdicts)),
+                    "false_negatives": errors["fn", False],
+                    "false_positives": errors["fp", False],
+                    "rows_per_second": round(len(rows) / seconds),
+                    "flagged": {
+                        "rows": sum(bool(row.get("review")) for row in rows),
+                        "false_negatives": errors["fn", True],
+                        "false_positives": errors["fp", True],
+                    },
+                }
+            )
+    print(json.dumps(shown if args.show else reports, indent=1))
+
+
 if __name__ == "__main__" and sys.argv[1:2] == ["--worker"]:
     _worker_main(float(sys.argv[2]), int(sys.argv[3]))
+elif __name__ == "__main__":
+    import tyro  # not at the top: a worker needs neither its time nor its memory
+
+    grade_files(tyro.cli(Args, description=__doc__, use_underscores=True))

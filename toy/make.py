@@ -61,7 +61,7 @@ class Recipe:
 
 RECIPES = {
     "teacher": Recipe(96, 3, 4, skill_steps=2000, choice_steps=200, use=0.1),
-    "student": Recipe(48, 2, 2, skill_steps=6000, choice_steps=400, use=0.0015),
+    "student": Recipe(48, 2, 2, skill_steps=6000, choice_steps=600, use=0.0002),
 }
 LEARNING_RATE, BATCH_SIZE = 2e-3, 128
 NUM_TRAIN, NUM_TEST = 1024, 512
