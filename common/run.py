@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -106,13 +106,8 @@ def replace_folder(temporary: Path, folder: Path) -> None:
 
 def environment() -> dict[str, str]:
     """What a result depends on beside its Args."""
-    names = ("torch", "transformers", "tokenizers", "datasets", "math-verify", "vllm")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
+    names = ("torch", "transformers", "tokenizers", "datasets", "math-verify")
+    versions = {name: version(name) for name in names}
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {
         "python": sys.version.split()[0],

@@ -333,20 +333,20 @@ class Args:
     """print the false negatives or the false positives instead of the counts"""
     marker: str | None = None
     """what begins the line of the answer, instead of Answer:"""
-    num_workers: int = 2
-    """processes"""
-    timeout_s: float = 2.0
-    """deadline of one comparison, seconds"""
 
 
 def grade_files(args: Args) -> None:
     """Verdicts against labels; rows with a `review` note (conventions, wrong labels) apart."""
     reports, shown = [], []
-    with Verifier(args.num_workers, args.timeout_s) as verifier:
-        verifier.grade([r"\boxed{\frac{1}{2}}"] * args.num_workers, ["0.5"] * args.num_workers)
+    with Verifier() as verifier:
+        verifier.grade([r"\boxed{\frac{1}{2}}"] * 2, ["0.5"] * 2)  # start-up is not timed
         for path in args.files:
-            rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-            preds, golds = [str(r["pred"]) for r in rows], [str(r["gold"]) for r in rows]
+            try:
+                rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+                preds, golds = [str(r["pred"]) for r in rows], [str(r["gold"]) for r in rows]
+            except (OSError, ValueError, KeyError) as error:
+                print(f"error: {path} is no .jsonl file of gold and pred: {error}", file=sys.stderr)
+                sys.exit(2)
             began = time.perf_counter()
             verdicts = verifier.grade(preds, golds, marker=args.marker, free_form=True)
             seconds = time.perf_counter() - began
@@ -356,21 +356,18 @@ def grade_files(args: Args) -> None:
                     kind = "fp" if verdict.correct else "fn"
                     errors[kind, bool(row.get("review"))] += 1
                     shown += [{**row, "read": verdict.answer}] if args.show == kind else []
-            reports.append(
-                {
-                    "file": str(path),
-                    "rows": len(rows),
-                    "outcomes": dict(Counter(verdict.outcome for verdict in verdicts)),
-                    "false_negatives": errors["fn", False],
-                    "false_positives": errors["fp", False],
-                    "rows_per_second": round(len(rows) / seconds),
-                    "flagged": {
-                        "rows": sum(bool(row.get("review")) for row in rows),
-                        "false_negatives": errors["fn", True],
-                        "false_positives": errors["fp", True],
-                    },
+            notes = sum(bool(row.get("review")) for row in rows)
+            counts = {
+                noted: {
+                    "false_negatives": errors["fn", noted],
+                    "false_positives": errors["fp", noted],
                 }
-            )
+                for noted in (False, True)
+            }
+            reports.append({"file": str(path), "rows": len(rows)} | counts[False])
+            reports[-1]["outcomes"] = dict(Counter(verdict.outcome for verdict in verdicts))
+            reports[-1]["rows_per_second"] = round(len(rows) / seconds)
+            reports[-1]["flagged"] = {"rows": notes} | counts[True]
     print(json.dumps(shown if args.show else reports, indent=1))
 
 
