@@ -58,9 +58,7 @@ def eos_token_ids(model, tokenizer) -> set[int]:
     return ids - {None}
 
 
-def sample_tokens(
-    logits: torch.Tensor, uniforms: torch.Tensor, top_p: float, top_k: int
-) -> torch.Tensor:
+def draw(logits: torch.Tensor, uniforms: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
     """Inverse-CDF sampling: logits [B, V] float32 after the temperature, uniforms [B] in [0, 1) ->
     token ids [B].
 
@@ -142,56 +140,45 @@ class TorchEngine:
     ) -> list[Rollout]:
         device, pad = self.model.device, self.tokenizer.pad_token_id
         num_rows, max_new_tokens = uniforms.shape
-        # --- prefill: each prompt once, left-padded so that all completions start in the same
-        # column ---
+        # Prefill: each prompt once, left-padded so that all completions start in one column.
         width = max(map(len, prompts))
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
         lengths = torch.tensor([len(p) for p in prompts], device=device)
-        mask = torch.arange(width, device=device) >= width - lengths[:, None]
+        mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
+        padded = bool((lengths < width).any())  # without padding attention is faster with no mask
         cache = DynamicCache()
-        logits = self._forward(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
-        # --- share it over the group ---
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = self._forward(ids, mask if padded else None, positions, cache)
+        # Share it over the group.
         cache.batch_repeat_interleave(group_size)
-        logits, mask, positions = (
-            t.repeat_interleave(group_size, 0) for t in (logits, mask, lengths)
-        )
-        # --- decode ---
+        logits, mask = (t.repeat_interleave(group_size, 0) for t in (logits, mask))
+        positions = lengths.repeat_interleave(group_size)
+        # Decode. `rows` are the sequences that are still in the shrinking batch.
         tokens = torch.full((num_rows, max_new_tokens), pad, device=device)
         logprobs = torch.zeros((num_rows, max_new_tokens), device=device)
         num_tokens = torch.full((num_rows,), max_new_tokens, device=device)
         ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
-        rows = torch.arange(
-            num_rows, device=device
-        )  # which sequence each row of the shrinking batch is
+        rows = torch.arange(num_rows, device=device)
         for t in range(max_new_tokens):
             scaled = logits.float() / (temperature or 1.0)
-            sampled = (
-                scaled.argmax(-1)
-                if temperature == 0
-                else sample_tokens(scaled, uniforms[rows, t], top_p, top_k)
-            )
+            greedy = temperature == 0
+            sampled = scaled.argmax(-1) if greedy else draw(scaled, uniforms[rows, t], top_p, top_k)
             tokens[rows, t] = sampled
             logprobs[rows, t] = token_logprobs(scaled, sampled)[0]
-            just_ended = torch.isin(sampled, self.eos_ids) & ~ended[rows]
-            ended[rows[just_ended]] = True
-            num_tokens[rows[just_ended]] = t + 1
-            alive = ~ended[rows]
-            num_alive = int(alive.sum())
-            if num_alive == 0 or t + 1 == max_new_tokens:
+            just_ended = rows[torch.isin(sampled, self.eos_ids) & ~ended[rows]]
+            ended[just_ended], num_tokens[just_ended] = True, t + 1
+            alive = (~ended[rows]).nonzero().squeeze(-1)
+            if len(alive) == 0 or t + 1 == max_new_tokens:
                 break
-            # Dropping finished rows copies the cache of those that remain, so it waits until a
-            # quarter is gone.
-            if num_alive <= 0.75 * len(rows):
-                keep = alive.nonzero().squeeze(-1)
-                cache.batch_select_indices(keep)
+            # To drop rows copies the cache of the others: it waits until a quarter is finished.
+            if len(alive) <= 0.75 * len(rows):
+                cache.batch_select_indices(alive)
                 rows, sampled, mask, positions = (
-                    rows[keep],
-                    sampled[keep],
-                    mask[keep],
-                    positions[keep],
+                    x[alive] for x in (rows, sampled, mask, positions)
                 )
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            logits = self._forward(sampled[:, None], mask, positions[:, None], cache)
+            seen = mask if padded else None
+            logits = self._forward(sampled[:, None], seen, positions[:, None], cache)
             positions = positions + 1
         finish = ["eos" if e else "length" for e in ended.tolist()]
         tokens, logprobs = tokens.cpu(), logprobs.cpu()
@@ -207,7 +194,7 @@ class TorchEngine:
         """Logits [B, V] of the last column; the cache grows by ids' columns."""
         output = self.model(
             input_ids=ids,
-            attention_mask=None if bool(mask.all()) else mask.long(),
+            attention_mask=mask,
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,

@@ -10,11 +10,11 @@ from conftest import SAMPLED, SEED, prompt_of, prompts_of_many_lengths, tiny_mod
 from common.logprob import token_logprobs
 from common.rollout import (
     TorchEngine,
+    draw,
     eos_token_ids,
     load_rollouts,
     rollout_metrics,
     sample_and_verify,
-    sample_tokens,
 )
 from common.run import UserError, write_jsonl
 from common.verifier import Verifier
@@ -86,7 +86,7 @@ def test_sampling_follows_the_distribution():
     logits = torch.tensor([2.0, 0.0, -torch.inf, 1.0, -3.0])
     count = 20_000
     uniforms = (torch.arange(count) + 0.5) / count
-    tokens = sample_tokens(logits.expand(count, -1), uniforms, top_p=1.0, top_k=0)
+    tokens = draw(logits.expand(count, -1), uniforms, top_p=1.0, top_k=0)
     shares = torch.bincount(tokens, minlength=5) / count
     torch.testing.assert_close(shares, logits.softmax(-1), atol=1e-3, rtol=0)
     assert shares[2] == 0
@@ -95,8 +95,8 @@ def test_sampling_follows_the_distribution():
 def test_a_uniform_next_to_one_stays_in_the_support():
     logits = torch.tensor([[0.0, 0.0, -torch.inf]])
     largest = torch.tensor([math.nextafter(1.0, 0.0)], dtype=torch.float32).clamp(max=1 - 2**-24)
-    assert sample_tokens(logits, largest, 1.0, 0).item() == 1
-    assert sample_tokens(logits, torch.ones(1), 1.0, 0).item() == 1
+    assert draw(logits, largest, 1.0, 0).item() == 1
+    assert draw(logits, torch.ones(1), 1.0, 0).item() == 1
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_uniform_next_to_one_stays_in_the_support():
 def test_top_p_and_top_k_keep_the_likeliest(top_p, top_k, kept):
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     uniforms = torch.linspace(0, 0.999, 500)
-    tokens = sample_tokens(logits.expand(500, -1), uniforms, top_p, top_k)
+    tokens = draw(logits.expand(500, -1), uniforms, top_p, top_k)
     assert set(tokens.tolist()) == kept
 
 
