@@ -6,7 +6,7 @@ r"""The workflow: sparse reward on the teacher, dense transfer to the student, s
 
 Each stage is a child process whose printed command line can be run by itself. It leaves a manifest
 and is skipped on the next call. Base models and every stage's result are evaluated; the end is a
-table, report.md, report.png and results.json in the output folder.
+table, and report.md, report.png and results.json in OUTPUT_DIR/seed_SEED.
 
     python bridge.py                                             # the toy, on a CPU, in minutes
     python bridge.py --teacher Qwen/Qwen3-8B --dry_run           # the plan: commands and settings
@@ -353,8 +353,8 @@ def collect(stages: list[Stage]) -> list[dict]:
 
 NOTES = """
 avg@k with 95% intervals over problems (cluster bootstrap); they do not hold the spread of training
-seeds. Label uses: completions whose verdict was a reward. Student steps: optimizer steps on the
-student. Tokens and seconds: all training stages behind the row.
+seeds. Label uses: completions whose verdict was a reward. Student steps: rollout steps of the
+student's stages. Tokens and seconds: all training stages behind the row.
 """
 TOY_NOTE = """
 The toy is built so that the paper's premise holds: it illustrates the mechanism, it is no evidence.
@@ -417,7 +417,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def report(args: Args, stages: list[Stage], seconds: float) -> None:
-    rows, folder = collect(stages), Path(args.output_dir)
+    rows, folder = collect(stages), stages[0].folder.parent
     notes = NOTES + (TOY_NOTE if args.teacher.startswith("toy/") else "")
     table = make_table(rows)
     commands = "\n".join(shlex.join(stage.command) for stage in stages)

@@ -110,6 +110,8 @@ def summarise(rollouts: list[Rollout], num_samples: int) -> dict[str, object]:
 def main(args: Args) -> None:
     check_ranges(args, zero_allowed=("temperature",))
     check(0 < args.top_p <= 1, f"--top_p is {args.top_p}; it must be above 0 and at most 1")
+    stems = {Path(name).stem for name in args.benchmarks}
+    check(len(stems) == len(args.benchmarks), "two --benchmarks have one file name; rename one")
     folder, device = Path(args.output_dir), resolve_device(args.device)
     tokenizer = load_tokenizer(args.model)
     prompts = {}

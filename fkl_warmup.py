@@ -185,12 +185,6 @@ class MicroBatch:
     input_ids: torch.Tensor  # [B, T]
     mask: torch.Tensor  # bool [B, T]: this position predicts a loss token
     tokens: torch.Tensor  # [N]: the loss tokens
-    rollout_logprobs: torch.Tensor  # float32 [N]: their log-probs when they were sampled
-
-    def spread(self, values: list[float]) -> torch.Tensor:
-        """One value a sequence -> one a loss token, float32 [N]."""
-        lengths = torch.tensor([len(rollout.completion_ids) for rollout in self.rollouts])
-        return torch.tensor(values).repeat_interleave(lengths).to(self.tokens.device)
 
 
 def micro_batches(rollouts: list[Rollout], size: int, device: torch.device) -> Iterator[MicroBatch]:
@@ -206,9 +200,7 @@ def micro_batches(rollouts: list[Rollout], size: int, device: torch.device) -> I
             input_ids[b, : len(inputs)] = torch.tensor(inputs)
             mask[b, len(row.prompt_ids) - 1 : len(inputs)] = True
         tokens = torch.tensor([token for row in rows for token in row.completion_ids])
-        logprobs = torch.cat([row.logprobs for row in rows])
-        tensors = (tensor.to(device) for tensor in (input_ids, mask, tokens, logprobs))
-        yield MicroBatch(rows, *tensors)
+        yield MicroBatch(rows, input_ids.to(device), mask.to(device), tokens.to(device))
 
 
 # === gradients ===
@@ -265,7 +257,7 @@ def main(args: Args) -> None:
     eval_prompts = data.evaluation_prompts(tokenizer, args) if args.eval_every else []
 
     # --- model ---
-    run = Run(__file__, args, data.fingerprint(tokenizer, dataset))
+    run = Run(__file__, args, data.fingerprint(tokenizer, dataset, given))
     if run.finished:
         return
     model = load_model(run.checkpoint or args.model, args.dtype, device, trainable=True)

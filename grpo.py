@@ -146,10 +146,7 @@ class Args:
 def check_args(args: Args) -> None:
     check_ranges(args)
     check(args.learning_rate is not None, f"set --learning_rate for {args.model} (the paper: 1e-6)")
-    check(
-        args.group_size > 1 or args.advantage_norm == "none",
-        "--group_size 1 has no standard deviation to divide by; use 2 or --advantage_norm none",
-    )
+    check(args.group_size > 1, "--group_size 1 has nothing to compare a reward with; use 2 or more")
     rows = args.prompts_per_step * args.group_size
     check(
         args.num_minibatches <= rows,
@@ -239,12 +236,6 @@ class MicroBatch:
     input_ids: torch.Tensor  # [B, T]
     mask: torch.Tensor  # bool [B, T]: this position predicts a loss token
     tokens: torch.Tensor  # [N]: the loss tokens
-    rollout_logprobs: torch.Tensor  # float32 [N]: their log-probs when they were sampled
-
-    def spread(self, values: list[float]) -> torch.Tensor:
-        """One value a sequence -> one a loss token, float32 [N]."""
-        lengths = torch.tensor([len(rollout.completion_ids) for rollout in self.rollouts])
-        return torch.tensor(values).repeat_interleave(lengths).to(self.tokens.device)
 
 
 def micro_batches(rollouts: list[Rollout], size: int, device: torch.device) -> Iterator[MicroBatch]:
@@ -260,9 +251,7 @@ def micro_batches(rollouts: list[Rollout], size: int, device: torch.device) -> I
             input_ids[b, : len(inputs)] = torch.tensor(inputs)
             mask[b, len(row.prompt_ids) - 1 : len(inputs)] = True
         tokens = torch.tensor([token for row in rows for token in row.completion_ids])
-        logprobs = torch.cat([row.logprobs for row in rows])
-        tensors = (tensor.to(device) for tensor in (input_ids, mask, tokens, logprobs))
-        yield MicroBatch(rows, *tensors)
+        yield MicroBatch(rows, input_ids.to(device), mask.to(device), tokens.to(device))
 
 
 # === gradients ===
@@ -279,9 +268,11 @@ def backward(model, ref_model, rollouts: list[Rollout], args: Args) -> dict[str,
         hidden = logprob.hidden_states(model, batch.input_ids, batch.mask, dtype)
         inputs = {
             "tokens": batch.tokens,
-            "advantages": batch.spread([rollout.advantage for rollout in batch.rollouts]),
-            "weights": batch.spread([rollout.weight for rollout in batch.rollouts]),
-            "rollout_logprobs": batch.rollout_logprobs,
+            "advantages": spread(batch, [rollout.advantage for rollout in batch.rollouts]),
+            "weights": spread(batch, [rollout.weight for rollout in batch.rollouts]),
+            "rollout_logprobs": torch.cat([row.logprobs for row in batch.rollouts]).to(
+                model.device
+            ),
             "old_logprobs": None,
             "ref_logprobs": None,
         }
@@ -296,6 +287,12 @@ def backward(model, ref_model, rollouts: list[Rollout], args: Args) -> dict[str,
         sums = {name: sums.get(name, 0.0) + value for name, value in head_sums.items()}
     loss = sums.pop("loss") / denominator
     return {"loss/total": loss} | {name: value / num_tokens for name, value in sums.items()}
+
+
+def spread(batch: MicroBatch, values: list[float]) -> torch.Tensor:
+    """One value a sequence -> one a loss token, float32 [N]."""
+    lengths = torch.tensor([len(rollout.completion_ids) for rollout in batch.rollouts])
+    return torch.tensor(values).repeat_interleave(lengths).to(batch.tokens.device)
 
 
 @torch.no_grad()

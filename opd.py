@@ -183,7 +183,7 @@ def top_k_buckets(
     logq: torch.Tensor, logp: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Student and teacher over the student's k likeliest tokens and one bucket of all others."""
-    top = logq.topk(k).indices
+    top = logq.topk(min(k, logq.shape[-1] - 1)).indices  # the bucket must hold something
     in_top = torch.zeros_like(logq, dtype=torch.bool).scatter(1, top, True)
     buckets = [
         torch.cat([x.gather(1, top), x.masked_fill(in_top, -torch.inf).logsumexp(-1, True)], 1)
@@ -203,12 +203,6 @@ class MicroBatch:
     input_ids: torch.Tensor  # [B, T]
     mask: torch.Tensor  # bool [B, T]: this position predicts a loss token
     tokens: torch.Tensor  # [N]: the loss tokens
-    rollout_logprobs: torch.Tensor  # float32 [N]: their log-probs when they were sampled
-
-    def spread(self, values: list[float]) -> torch.Tensor:
-        """One value a sequence -> one a loss token, float32 [N]."""
-        lengths = torch.tensor([len(rollout.completion_ids) for rollout in self.rollouts])
-        return torch.tensor(values).repeat_interleave(lengths).to(self.tokens.device)
 
 
 def micro_batches(rollouts: list[Rollout], size: int, device: torch.device) -> Iterator[MicroBatch]:
@@ -224,9 +218,7 @@ def micro_batches(rollouts: list[Rollout], size: int, device: torch.device) -> I
             input_ids[b, : len(inputs)] = torch.tensor(inputs)
             mask[b, len(row.prompt_ids) - 1 : len(inputs)] = True
         tokens = torch.tensor([token for row in rows for token in row.completion_ids])
-        logprobs = torch.cat([row.logprobs for row in rows])
-        tensors = (tensor.to(device) for tensor in (input_ids, mask, tokens, logprobs))
-        yield MicroBatch(rows, *tensors)
+        yield MicroBatch(rows, input_ids.to(device), mask.to(device), tokens.to(device))
 
 
 # === gradients ===

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.run import ROOT, Progress, UserError, check
+from common.run import ROOT, Progress, UserError, check, first_line
 from common.verifier import Verifier, extract_answer
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -94,7 +94,10 @@ def _read_rows(source: str) -> list[dict]:
         import pyarrow.parquet
 
         check(Path(source).is_file(), f"dataset file {source} does not exist")
-        return pyarrow.parquet.read_table(source).to_pylist()
+        try:
+            return pyarrow.parquet.read_table(source).to_pylist()
+        except pyarrow.ArrowException as error:
+            raise UserError(f"{source} is no parquet file: {first_line(error)}") from error
     hub_id, config, split = BENCHMARKS.get(
         source, (source.partition(":")[0], source.partition(":")[2] or None, "train")
     )
@@ -108,7 +111,7 @@ def _read_rows(source: str) -> list[dict]:
     try:
         return datasets.load_dataset(hub_id, config, split=split).to_list()
     except Exception as error:  # a dozen types; each of them means that there is no data
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         message = f"cannot load dataset {source} from the hub ({reason}); give a local .jsonl file"
         raise UserError(message) from error
 
@@ -116,13 +119,13 @@ def _read_rows(source: str) -> list[dict]:
 def read_jsonl(path: Path) -> list[dict]:
     check(path.is_file(), f"dataset file {path} does not exist")
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from error
+                    rows.append(json.loads(line.decode()))
+                except ValueError as error:  # JSON or UTF-8
+                    raise UserError(f"{path}, line {number}: not JSON ({error})") from error
                 check(isinstance(rows[-1], dict), f"{path}, line {number}: not a JSON object")
     return rows
 
@@ -139,7 +142,8 @@ def _find_column(source: str, row: dict, names: Sequence[str], flag: str) -> str
         if _get(row, name) is not None:
             return name
     raise UserError(
-        f"dataset {source} has no column {' or '.join(names)}, only {', '.join(row)}; set {flag}"
+        f"dataset {source} has no column {' or '.join(names)}, only {', '.join(row)}; rename one "
+        f"(or, for a trainer's --dataset, set {flag})"
     )
 
 
@@ -266,9 +270,10 @@ class Stream:
         return taken
 
 
-def fingerprint(tokenizer, prompts: list[Prompt]) -> dict[str, str]:
+def fingerprint(tokenizer, prompts: list[Prompt], rollouts: Sequence = ()) -> dict[str, str]:
     """What a resumed run must find unchanged beside its Args: the data, and how it is put."""
     rows = "".join(prompt.problem.key + prompt.problem.answer for prompt in prompts)
+    rows += "".join(str(rollout.completion_ids) for rollout in rollouts)
     template = f"{tokenizer.chat_template}{INSTRUCTION}"
     return {
         "dataset_fingerprint": hashlib.sha256(rows.encode()).hexdigest()[:16],

@@ -258,7 +258,7 @@ def load_rollouts(tokenizer, prompts: list[Prompt], args) -> list[Rollout]:
     are left out, with a count. A run's own rows hold token ids, which are not encoded again.
     """
     by_key = {prompt.problem.key: prompt for prompt in prompts}
-    rows, rollouts = read_jsonl(Path(args.rollouts)), []
+    rows, rollouts, too_long = read_jsonl(Path(args.rollouts)), [], 0
     for number, row in enumerate(rows, 1):
         texts = isinstance(row.get("problem"), str) and isinstance(row.get("completion"), str)
         check(texts, f"{args.rollouts}, row {number}: needs text columns problem and completion")
@@ -267,10 +267,14 @@ def load_rollouts(tokenizer, prompts: list[Prompt], args) -> list[Rollout]:
         if ids is None or tokenizer.decode(ids, skip_special_tokens=True) != text:
             encoded = tokenizer(text, add_special_tokens=False)["input_ids"]
             ids = [*encoded, tokenizer.eos_token_id]
+        too_long += len(ids) > args.max_new_tokens
         if prompt is not None and len(ids) <= args.max_new_tokens:
             rollout = Rollout(prompt.ids, ids, torch.zeros(len(ids)), "given", text)
             rollout.problem, rollout.gold = prompt.problem.problem, prompt.problem.answer
             rollouts.append(rollout)
-    print(f"{args.rollouts}: {len(rollouts)} of {len(rows)} completions are of this run's problems")
-    check(len(rollouts) > 0, f"no completion in {args.rollouts} is of this run's problems")
+    counts = (
+        f"{len(rollouts)} of its {len(rows)} completions are of this run's problems and lengths"
+    )
+    print(f"{args.rollouts}: {counts}; {too_long} are over --max_new_tokens {args.max_new_tokens}")
+    check(len(rollouts) > 0, f"{args.rollouts}: {counts}; {too_long} are over --max_new_tokens")
     return rollouts

@@ -9,6 +9,7 @@ DIR/manifest.json         written last: only this says that the run is finished
 """
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import math
@@ -62,6 +63,11 @@ def check_ranges(args, zero_allowed: tuple[str, ...] = ()) -> None:
             check(valid, f"--{name} is {value}; it must be {low}")
 
 
+def first_line(error: Exception) -> str:
+    """What an exception of a library says, for a message of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def start(main: Callable, args_type: type, description: str) -> None:
     """Parse the command line into `args_type` and run `main`; a UserError becomes one line on
     stderr and exit code 2."""
@@ -108,12 +114,12 @@ def environment() -> dict[str, str]:
     """What a result depends on beside its Args."""
     names = ("torch", "transformers", "tokenizers", "datasets", "math-verify")
     versions = {name: version(name) for name in names}
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "python": sys.version.split()[0],
-        **versions,
-        "git_commit": git.stdout.strip() or "not a git checkout",
-    }
+    commit = ""
+    if shutil.which("git"):
+        git = ["git", "rev-parse", "HEAD"]
+        commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    python = sys.version.split()[0]
+    return {"python": python, **versions, "git_commit": commit or "not a git checkout"}
 
 
 # These say how a run is watched, not what it computes: they may differ when it is resumed.
@@ -221,7 +227,11 @@ class Run:
             import wandb
 
             self._wandb = wandb.init(
-                project="sparse-to-dense", name=self.folder.name, config=config, resume="allow"
+                project="sparse-to-dense",
+                name=self.folder.name,
+                id=hashlib.sha256(json.dumps(config).encode()).hexdigest()[:16],  # finds it again
+                config=config,
+                resume="allow",
             )
 
     # --- checkpoints ---

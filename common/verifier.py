@@ -342,17 +342,23 @@ def grade_files(args: Args) -> None:
         verifier.grade([r"\boxed{\frac{1}{2}}"] * 2, ["0.5"] * 2)  # start-up is not timed
         for path in args.files:
             try:
-                rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-                preds, golds = [str(r["pred"]) for r in rows], [str(r["gold"]) for r in rows]
-            except (OSError, ValueError, KeyError) as error:
-                print(f"error: {path} is no .jsonl file of gold and pred: {error}", file=sys.stderr)
+                rows = [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
+                preds, golds = (
+                    [str(row["pred"]) for row in rows],
+                    [str(row["gold"]) for row in rows],
+                )
+                expected = [bool(row["expected"]) for row in rows]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                print(
+                    f"error: {path} has no rows of gold, pred, expected: {error}", file=sys.stderr
+                )
                 sys.exit(2)
             began = time.perf_counter()
             verdicts = verifier.grade(preds, golds, marker=args.marker, free_form=True)
             seconds = time.perf_counter() - began
             errors = Counter()
-            for row, verdict in zip(rows, verdicts, strict=True):
-                if verdict.correct != bool(row["expected"]):
+            for row, verdict, right in zip(rows, verdicts, expected, strict=True):
+                if verdict.correct != right:
                     kind = "fp" if verdict.correct else "fn"
                     errors[kind, bool(row.get("review"))] += 1
                     shown += [{**row, "read": verdict.answer}] if args.show == kind else []

@@ -73,16 +73,16 @@ def test_the_workflow_runs_skips_and_reports(tmp_path):
     folder = tmp_path / "out"
     done = run("bridge", *TINY, "--output_dir", folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads((folder / "results.json").read_text())["rows"]
+    rows = json.loads((folder / "seed_0" / "results.json").read_text())["rows"]
     assert len(rows) == 7
     uses = {row["title"]: row["label_uses"] for row in rows}
     assert (uses["untrained student"], uses["raw teacher"]) == (0, 0)
     assert uses["bridge: + OPD (1H)"] == 4
     assert uses["bridge: + GRPO (2H)"] == uses["cold GRPO (1H + 2H)"] == 8
-    report = (folder / "report.md").read_text()
+    report = (folder / "seed_0" / "report.md").read_text()
     assert report.count("\n| ") == 9
     assert "it is no evidence" in report
-    assert (folder / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert (folder / "seed_0" / "report.png").read_bytes()[:4] == b"\x89PNG"
     again = run("bridge", *TINY, "--output_dir", folder)
     assert again.returncode == 0
     assert again.stdout.count("finished before") == 12

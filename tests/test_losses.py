@@ -258,6 +258,8 @@ def test_topk_opd_approaches_the_full_reverse_kl_from_below():
     assert values == sorted(values)  # merging buckets can only lose divergence
     assert 0 < values[0] < values[-1]
     assert values[-1] == pytest.approx(full, rel=1e-4)  # V - 1 tokens and a bucket of one
+    args = opd.Args(estimator="topk", topk_size=V + 5)
+    assert opd.loss_fn(student, teacher, TOKENS, args)[0].item() == pytest.approx(values[-1])
 
 
 def test_topk_opd_pulls_mass_into_the_teachers_tokens():
@@ -382,7 +384,7 @@ def test_the_loss_tokens_are_the_completions(rollouts, module):
             positions = batch.mask[b].nonzero().squeeze(-1).tolist()
             assert [sequence[t + 1] for t in positions] == rollout.completion_ids
             assert batch.input_ids[b, : len(sequence) - 1].tolist() == sequence[:-1]
-        spread = batch.spread([float(i) for i in range(len(batch.rollouts))]).tolist()
+        spread = grpo.spread(batch, [float(i) for i in range(len(batch.rollouts))]).tolist()
         assert spread == [
             float(i) for i, rollout in enumerate(batch.rollouts) for _ in rollout.completion_ids
         ]

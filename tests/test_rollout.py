@@ -147,5 +147,5 @@ def test_given_rollouts_are_read_back(tmp_path, tokenizer):
         [*tokenizer(r"\boxed{2}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id],
     ]
     write_jsonl(tmp_path / "rows.jsonl", rows[2:3])
-    with pytest.raises(UserError, match="no completion"):
+    with pytest.raises(UserError, match="0 of its 1 completions"):
         load_rollouts(tokenizer, [prompt_of("1+1", [5, 6])], Args)

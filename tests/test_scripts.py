@@ -176,7 +176,7 @@ BAD = [
     ("--model occupied --learning_rate 1e-6", "has no config.json"),
 ]
 CASES = [(script, *case) for script in TRAINERS for case in BAD] + [
-    ("grpo", "--group_size 1", "--group_size 1 has no standard deviation"),
+    ("grpo", "--group_size 1", "--group_size 1 has nothing to compare"),
     ("grpo", "--num_minibatches 9999", "--num_minibatches 9999 exceeds"),
     ("opd", "--teacher other", "different vocabularies"),
     ("fkl_warmup", "--teacher other", "different vocabularies"),

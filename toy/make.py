@@ -10,8 +10,8 @@ The toy is built so that the paper's premise holds (a teacher that finds the beh
 reward, a student that uses it too seldom): it illustrates the mechanism, it is no evidence for the
 paper.
 
-    python -m toy.make                     # everything, into toy/: about half an hour on 2 cores
-    python -m toy.make --only report       # the four numbers of the checkpoints that are there
+    python -m toy.make                     # everything, into toy/: about 25 minutes on 2 cores
+    python -m toy.make --only report       # measure the checkpoints that are there
 """
 
 import json
