@@ -39,8 +39,7 @@ class Problem:
 
     @property
     def key(self) -> str:
-        """A hash of the text up to white space: duplicates, contamination and the split go by
-        it."""
+        """A hash of the text up to white space: duplicates and the split go by it."""
         return hashlib.sha256(" ".join(self.problem.split()).encode()).hexdigest()
 
 
@@ -50,8 +49,7 @@ class Problem:
 def load_problems(
     source: str, problem_column: str | None = None, answer_column: str | None = None
 ) -> list[Problem]:
-    """Every row of a source. Raises UserError if it cannot be found or lacks the columns, naming
-    those it has."""
+    """Every row of a source. Raises UserError if it is not there or lacks the columns."""
     rows = _read_rows(source)
     check(len(rows) > 0, f"dataset {source} is empty")
     problem_column = problem_column or _find_column(

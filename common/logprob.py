@@ -54,8 +54,7 @@ def transfer_metrics(logq: torch.Tensor, logp: torch.Tensor) -> dict[str, torch.
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    """bfloat16 compute over float32 weights: pure bfloat16 weights do not move at a learning rate
-    of 1e-6."""
+    """bfloat16 compute over float32 weights: pure bfloat16 ones do not move at a rate of 1e-6."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 

@@ -32,8 +32,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def model_path(name: str) -> str:
-    """`toy/teacher` and `toy/student` work from any folder; all else is a path or a hub id as it
-    stands."""
+    """`toy/teacher` and `toy/student` work from any folder; all else stands as it is."""
     if not Path(name).exists() and (ROOT / name / "config.json").exists():
         return str(ROOT / name)
     return name
@@ -87,8 +86,7 @@ def load_tokenizer(name: str, teacher: str | None = None) -> PreTrainedTokenizer
 def load_model(
     name: str, dtype: str, device: torch.device, trainable: bool = False
 ) -> PreTrainedModel:
-    """A causal language model. A trained one keeps float32 weights whatever `dtype`; a frozen one
-    is stored in it."""
+    """A causal language model: float32 weights if trainable, whatever `dtype`; else in it."""
     weights_dtype = torch.float32 if trainable else DTYPES[dtype]
     model = _load(AutoModelForCausalLM.from_pretrained, name, dtype=weights_dtype).to(device)
     model.requires_grad_(trainable)
@@ -99,8 +97,7 @@ def load_model(
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, name: str) -> None:
-    """The chunked head is hidden @ W.T: a model that also scales or caps its logits would silently
-    be trained wrong."""
+    """The chunked head is hidden @ W.T: a model that scales or caps logits would train wrong."""
     ids = torch.arange(4, device=model.device)[None]
     with torch.autocast(model.device.type, enabled=False):
         expected = model(input_ids=ids, use_cache=False).logits[0]

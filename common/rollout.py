@@ -51,8 +51,7 @@ class Rollout:
 
 
 def eos_token_ids(model, tokenizer) -> set[int]:
-    """Every id that ends a completion: the tokenizer's and all of generation_config's (Qwen and
-    Llama have several)."""
+    """Every id that ends a completion: the tokenizer's and all of generation_config's."""
     listed = model.generation_config.eos_token_id if model.generation_config else None
     ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
     return ids - {None}
@@ -115,8 +114,7 @@ class TorchEngine:
         top_p: float = 1.0,
         top_k: int = 0,
     ) -> list[Rollout]:
-        """P prompts -> N = P·G rollouts, those of a prompt together. Temperature 0 is greedy (log-
-        probs then at 1)."""
+        """P prompts -> N = P·G rollouts, grouped. Temperature 0 is greedy, with log-probs at 1."""
         rollouts = []
         per_batch = max(1, self.batch_size // group_size)
         with torch.no_grad(), autocast(self.model.device, self.dtype):
@@ -237,8 +235,7 @@ def verify(verifier: Verifier, rollouts: list[Rollout]) -> None:
 
 
 def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
-    """Accuracy, how completions ended, their mean length in tokens, and the share of each
-    verdict."""
+    """Accuracy, mean length in tokens, share cut off, and the share of each verdict."""
     outcomes = [rollout.verdict.outcome for rollout in rollouts]
     return {
         "rollout/accuracy": outcomes.count("correct") / len(outcomes),

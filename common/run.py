@@ -31,8 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class UserError(Exception):
-    """Something the user can mend: one line that says what is wrong and what to do. The script
-    exits with code 2."""
+    """What the user can mend, in one line: what is wrong and what to do. Exit code 2."""
 
 
 def check(condition: bool, message: str) -> None:
@@ -226,13 +225,8 @@ class Run:
         if args.track:
             import wandb
 
-            self._wandb = wandb.init(
-                project="sparse-to-dense",
-                name=self.folder.name,
-                id=hashlib.sha256(json.dumps(config).encode()).hexdigest()[:16],  # finds it again
-                config=config,
-                resume="allow",
-            )
+            name = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:16]  # found again
+            self._wandb = wandb.init(project=ROOT.name, id=name, config=config, resume="allow")
 
     # --- checkpoints ---
 

@@ -362,18 +362,14 @@ def grade_files(args: Args) -> None:
                     kind = "fp" if verdict.correct else "fn"
                     errors[kind, bool(row.get("review"))] += 1
                     shown += [{**row, "read": verdict.answer}] if args.show == kind else []
-            notes = sum(bool(row.get("review")) for row in rows)
-            counts = {
-                noted: {
-                    "false_negatives": errors["fn", noted],
-                    "false_positives": errors["fp", noted],
-                }
-                for noted in (False, True)
-            }
-            reports.append({"file": str(path), "rows": len(rows)} | counts[False])
-            reports[-1]["outcomes"] = dict(Counter(verdict.outcome for verdict in verdicts))
-            reports[-1]["rows_per_second"] = round(len(rows) / seconds)
-            reports[-1]["flagged"] = {"rows": notes} | counts[True]
+            report = {"file": str(path), "rows": len(rows)}
+            report["outcomes"] = dict(Counter(verdict.outcome for verdict in verdicts))
+            report["rows_per_second"] = round(len(rows) / seconds)
+            report["flagged"] = {"rows": sum(bool(row.get("review")) for row in rows)}
+            for part, noted in ((report, False), (report["flagged"], True)):
+                part["false_negatives"] = errors["fn", noted]
+                part["false_positives"] = errors["fp", noted]
+            reports.append(report)
     print(json.dumps(shown if args.show else reports, indent=1))
 
 
