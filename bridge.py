@@ -44,6 +44,8 @@ class Args:
     """what is evaluated; by itself toy, or math500 aime24 aime25"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where every stage runs"""
+    backend: Literal["auto", "torch", "vllm"] = "auto"
+    """what samples: transformers or vLLM; auto takes vLLM on a GPU"""
 
     num_steps: int | None = None
     """instead of the preset's, in every training stage (as the next four)"""
@@ -58,11 +60,13 @@ class Args:
     num_minibatches: int | None = None
     """instead of the preset's, in the GRPO stages"""
     max_prompt_tokens: int | None = None
-    """instead of the preset's, in every stage (as the next two)"""
+    """instead of the preset's, in every stage (as the next three)"""
     max_new_tokens: int | None = None
     """longest completion"""
     dtype: Literal["float32", "bfloat16"] | None = None
     """compute type"""
+    vllm_gpu_memory: float | None = None
+    """share of the GPU's memory that vLLM may take while it samples"""
     num_samples: int | None = None
     """instead of the preset's, in the evaluations: completions per problem"""
     num_problems: int | None = None
@@ -192,7 +196,7 @@ class Stage:
 
 
 # Flags of bridge.py that replace a preset's value in every stage whose script has them.
-EVERYWHERE = ("max_prompt_tokens", "max_new_tokens", "dtype")
+EVERYWHERE = ("max_prompt_tokens", "max_new_tokens", "dtype", "vllm_gpu_memory")
 TRAINING = ("num_steps", "prompts_per_step", "group_size", "micro_batch_size", "learning_rate")
 GRPO_ONLY = ("num_minibatches",)
 EVALUATION = ("num_samples", "num_problems")
@@ -224,17 +228,18 @@ def plan(args: Args, preset: Preset) -> list[Stage]:
     held_out = (*args.benchmarks, *default_decontamination(args.dataset))
     held_out = tuple(dict.fromkeys(held_out))
     stages: list[Stage] = []
+    places = {"device": args.device, "backend": args.backend}
 
     def train(name: str, kind: str, script: str, model: str, split: str, **own) -> Stage:
         wiring = {"model": model, **own, "dataset": args.dataset, "split": split}
         wiring |= {"decontaminate": held_out, "eval_dataset": args.benchmarks[0]}
-        wiring |= {"seed": args.seed, "device": args.device, "output_dir": str(root / name)}
+        wiring |= {"seed": args.seed, **places, "output_dir": str(root / name)}
         stages.append(Stage(name, script, root / name, wiring, dict(preset[kind])))
         return stages[-1]
 
     def evaluate(name: str, model: str, title: str, route: str, *behind: Stage) -> None:
         wiring = {"model": model, "benchmarks": args.benchmarks, "seed": args.seed}
-        wiring |= {"device": args.device, "output_dir": str(root / name)}
+        wiring |= {**places, "output_dir": str(root / name)}
         names = tuple(stage.name for stage in behind)
         stage = Stage(name, "evaluate.py", root / name, wiring, preset["evaluate"])
         stage.title, stage.route, stage.trained_by = title, route, names

@@ -24,8 +24,15 @@ import numpy as np
 from tqdm import tqdm
 
 from common import data
-from common.model import DTYPES, load_model, load_tokenizer, resolve_device
-from common.rollout import Rollout, TorchEngine, rollout_metrics, sample_and_verify
+from common.model import DTYPES, load_model, load_tokenizer, model_path, resolve_device
+from common.rollout import (
+    Rollout,
+    TorchEngine,
+    VLLMEngine,
+    resolve_backend,
+    rollout_metrics,
+    sample_and_verify,
+)
 from common.run import check, check_ranges, claim_folder, start, write_json, write_jsonl
 from common.verifier import Verifier
 
@@ -67,6 +74,12 @@ class Args:
     """nucleus sampling; 1 is off"""
     top_k: int = 0
     """keep the k likeliest tokens; 0 is off"""
+    backend: Literal["auto", "torch", "vllm"] = "auto"
+    """what samples: transformers or vLLM; auto takes vLLM on a GPU"""
+    vllm_gpu_memory: float = 0.4
+    """share of the GPU's memory that vLLM may take"""
+    enforce_eager: bool = False
+    """vLLM without compilation and CUDA graphs: starts faster, samples slower"""
 
 
 # === statistics ===
@@ -113,6 +126,7 @@ def main(args: Args) -> None:
     stems = {Path(name).stem for name in args.benchmarks}
     check(len(stems) == len(args.benchmarks), "two --benchmarks have one file name; rename one")
     folder, device = Path(args.output_dir), resolve_device(args.device)
+    backend = resolve_backend(args, device)
     tokenizer = load_tokenizer(args.model)
     prompts = {}
     for name in args.benchmarks:
@@ -128,7 +142,11 @@ def main(args: Args) -> None:
         print(f"{folder}/results.json is there already")
         return
     (folder / "samples").mkdir(exist_ok=True)
-    engine = TorchEngine(load_model(args.model, args.dtype, device), tokenizer, DTYPES[args.dtype])
+    if backend == "vllm":
+        engine = VLLMEngine(model_path(args.model), tokenizer, args)
+    else:
+        model = load_model(args.model, args.dtype, device)
+        engine = TorchEngine(model, tokenizer, DTYPES[args.dtype])
     results, began = {}, time.perf_counter()
     with Verifier() as verifier:
         for number, (name, asked) in enumerate(prompts.items()):

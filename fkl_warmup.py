@@ -37,6 +37,8 @@ from common.rollout import (
     Rollout,
     TorchEngine,
     load_rollouts,
+    make_engine,
+    resolve_backend,
     rollout_metrics,
     sample_and_verify,
     verify,
@@ -102,6 +104,12 @@ class Args:
     """longest completion"""
     temperature: float = 1.0
     """sampling temperature; log-probs are taken at it too"""
+    backend: Literal["auto", "torch", "vllm"] = "auto"
+    """what samples: transformers or vLLM; auto takes vLLM on a GPU"""
+    vllm_gpu_memory: float = 0.4
+    """share of the GPU's memory that vLLM may take while it samples"""
+    enforce_eager: bool = False
+    """vLLM without compilation and CUDA graphs: starts faster, samples slower"""
 
     # --- optimisation ---
     num_steps: int = 40
@@ -246,6 +254,7 @@ def main(args: Args) -> None:
     # --- setup ---
     check_args(args)
     device = resolve_device(args.device)
+    backend = resolve_backend(args, device)
     torch.manual_seed(args.seed)
     plain_sft = args.hard_labels and args.rollouts
     tokenizer = load_tokenizer(args.model, args.model if plain_sft else args.teacher)
@@ -267,7 +276,8 @@ def main(args: Args) -> None:
         parameters, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
     run.restore(model, optimizer)
-    engine = None if plain_sft else TorchEngine(teacher, tokenizer, DTYPES[args.dtype])
+    engine = None if given else make_engine(backend, teacher, tokenizer, dataset, args)
+    # The student is evaluated with transformers: no second vLLM beside the teacher's.
     eval_engine = TorchEngine(model, tokenizer, DTYPES[args.dtype])
 
     # --- loop ---
@@ -289,6 +299,7 @@ def main(args: Args) -> None:
                 prompts = stream.take(run.progress, args.prompts_per_step)
                 seed = (args.seed, step)
                 sampled = sample_and_verify(engine, verifier, prompts, args.group_size, args, seed)
+                engine.sleep()
             metrics = rollout_metrics(sampled)
             clock.lap("generate")
 
@@ -304,7 +315,8 @@ def main(args: Args) -> None:
             clock.lap("update")
 
             # --- sync ---
-            eval_engine.sync()
+            metrics |= eval_engine.sync()
+            clock.lap("sync")
 
             # --- log ---
             run.progress.add_step(rollouts=sampled)

@@ -34,7 +34,13 @@ from tqdm import tqdm
 
 from common import data, logprob
 from common.model import DTYPES, load_model, load_tokenizer, resolve_device
-from common.rollout import Rollout, TorchEngine, rollout_metrics, sample_and_verify
+from common.rollout import (
+    Rollout,
+    make_engine,
+    resolve_backend,
+    rollout_metrics,
+    sample_and_verify,
+)
 from common.run import Clock, Run, check, check_ranges, start
 from common.verifier import Verifier
 
@@ -96,6 +102,12 @@ class Args:
     """longest completion"""
     temperature: float = 1.0
     """sampling temperature; log-probs are taken at it too"""
+    backend: Literal["auto", "torch", "vllm"] = "auto"
+    """what samples: transformers or vLLM; auto takes vLLM on a GPU"""
+    vllm_gpu_memory: float = 0.4
+    """share of the GPU's memory that vLLM may take while it samples"""
+    enforce_eager: bool = False
+    """vLLM without compilation and CUDA graphs: starts faster, samples slower"""
 
     # --- optimisation ---
     num_steps: int = 40
@@ -263,6 +275,7 @@ def main(args: Args) -> None:
     # --- setup ---
     check_args(args)
     device = resolve_device(args.device)
+    backend = resolve_backend(args, device)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.teacher)
 
@@ -282,7 +295,7 @@ def main(args: Args) -> None:
         parameters, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
     run.restore(model, optimizer)
-    engine = eval_engine = TorchEngine(model, tokenizer, DTYPES[args.dtype])
+    engine = eval_engine = make_engine(backend, model, tokenizer, dataset, args)
 
     # --- loop ---
     verifier = Verifier()
@@ -300,6 +313,7 @@ def main(args: Args) -> None:
             seed = (args.seed, step)
             sampled = sample_and_verify(engine, verifier, prompts, args.group_size, args, seed)
             metrics = rollout_metrics(sampled)
+            engine.sleep()
             clock.lap("generate")
 
             # --- score ---
@@ -314,7 +328,8 @@ def main(args: Args) -> None:
             clock.lap("update")
 
             # --- sync ---
-            eval_engine.sync()
+            metrics |= eval_engine.sync()
+            clock.lap("sync")
 
             # --- log ---
             run.progress.add_step(rollouts=sampled)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.run import ROOT, Progress, UserError, check, first_line
+from common.run import ROOT, Progress, UserError, check, one_line
 from common.verifier import Verifier, extract_answer
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -95,7 +95,7 @@ def _read_rows(source: str) -> list[dict]:
         try:
             return pyarrow.parquet.read_table(source).to_pylist()
         except pyarrow.ArrowException as error:
-            raise UserError(f"{source} is no parquet file: {first_line(error)}") from error
+            raise UserError(f"{source} is no parquet file: {one_line(error)}") from error
     hub_id, config, split = BENCHMARKS.get(
         source, (source.partition(":")[0], source.partition(":")[2] or None, "train")
     )
@@ -109,7 +109,7 @@ def _read_rows(source: str) -> list[dict]:
     try:
         return datasets.load_dataset(hub_id, config, split=split).to_list()
     except Exception as error:  # a dozen types; each of them means that there is no data
-        reason = first_line(error)
+        reason = one_line(error)
         message = f"cannot load dataset {source} from the hub ({reason}); give a local .jsonl file"
         raise UserError(message) from error
 

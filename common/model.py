@@ -13,7 +13,7 @@ from transformers import (
 from transformers.utils import logging
 
 from common.logprob import head_logits, hidden_states
-from common.run import ROOT, UserError, check, first_line
+from common.run import ROOT, UserError, check, one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -48,7 +48,7 @@ def _find(name: str) -> str:
         if try_to_load_from_cache(path, "config.json") is None:
             HfApi().model_info(path, timeout=20)
     except Exception as error:  # a dozen types; each of them means that there is no model
-        reason = first_line(error)
+        reason = one_line(error)
         message = f"model {name} is neither a local folder nor a hub id that answers ({reason})"
         raise UserError(message) from error
     return path
@@ -59,7 +59,7 @@ def _load(load, name: str, **kwargs):
     try:
         return load(path, **kwargs)
     except Exception as error:  # a damaged file, a missing package, an unknown architecture ...
-        raise UserError(f"cannot load {name}: {first_line(error)}") from error
+        raise UserError(f"cannot load {name}: {one_line(error)}") from error
 
 
 def load_tokenizer(name: str, teacher: str | None = None) -> PreTrainedTokenizerBase:

@@ -3,20 +3,30 @@ encoded again.
 
 Training samples at top_p = 1 without top_k, and log-probs are those of the distribution that was
 sampled from, that is, after the temperature.
+
+Two engines sample behind one interface (generate, sync, sleep, batch_size): TorchEngine uses the
+trained model itself; VLLMEngine holds a copy of it, and proves after each sync that it does.
 """
 
+import os
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import DynamicCache
+from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, GenerationConfig
 
 from common.data import Problem, Prompt, read_jsonl
-from common.logprob import autocast, token_logprobs
-from common.run import check
+from common.logprob import autocast, head_logprobs, hidden_states, token_logprobs
+from common.model import DTYPES
+from common.run import RunFailure, UserError, check, one_line
 from common.verifier import OUTCOMES, Verdict, Verifier
 
 
@@ -50,11 +60,14 @@ class Rollout:
         }
 
 
-def eos_token_ids(model, tokenizer) -> set[int]:
+def eos_token_ids(generation_config: GenerationConfig | None, tokenizer) -> list[int]:
     """Every id that ends a completion: the tokenizer's and all of generation_config's."""
-    listed = model.generation_config.eos_token_id if model.generation_config else None
+    listed = generation_config.eos_token_id if generation_config else None
     ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
-    return ids - {None}
+    return sorted(ids - {None})
+
+
+# === transformers ===
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
@@ -98,10 +111,16 @@ class TorchEngine:
             dtype,
             batch_size,
         )
-        self.eos_ids = torch.tensor(sorted(eos_token_ids(model, tokenizer)), device=model.device)
+        self.eos_ids = torch.tensor(
+            eos_token_ids(model.generation_config, tokenizer), device=model.device
+        )
 
-    def sync(self) -> None:
-        """Nothing to do: the weights it samples with are the trained ones."""
+    def sync(self) -> dict[str, float]:
+        """Nothing to do, nothing to prove: the weights it samples with are the trained ones."""
+        return {}
+
+    def sleep(self) -> None:
+        """Nothing to free."""
 
     def generate(
         self,
@@ -201,8 +220,297 @@ class TorchEngine:
         return output.logits[:, -1]
 
 
+# === vLLM ===
+
+VLLM_VERSION = "0.32."  # the calls below are its calls
+CANARY_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # mean |log-prob difference|
+
+
+class WeightSyncError(RunFailure):
+    """The engine does not hold the trained weights, or does not compute with them."""
+
+
+def resolve_backend(args, device: torch.device) -> str:
+    """`args.backend`, with auto resolved: vLLM where CUDA and vLLM are there, else torch."""
+    installed, install = find_spec("vllm") is not None, "requirements-gpu.txt"
+    backend, share = args.backend, args.vllm_gpu_memory
+    check(0 < share <= 1, f"--vllm_gpu_memory is {share}; it must be above 0 and at most 1")
+    if backend == "auto":
+        backend = "vllm" if device.type == "cuda" and installed else "torch"
+        slow = device.type == "cuda" and not installed and not args.model.startswith("toy/")
+        install_line = f"pip install -r {install}; or insist with --backend torch"
+        check(not slow, f"vLLM is missing, and without it rollouts take days: {install_line}")
+    if backend == "vllm":
+        check(installed, f"--backend vllm, but vLLM is not installed: pip install -r {install}")
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights by reference
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # shared with the trainer
+        version = import_module("vllm").__version__
+        known = version.startswith(VLLM_VERSION)
+        check(known, f"vLLM {version} is installed, 0.32.0 is needed: pip install -r {install}")
+    print(f"rollouts: {backend}")
+    return backend
+
+
+def make_engine(backend: str, model, tokenizer, prompts: list[Prompt], args):
+    """The engine that samples from `model`; some of `prompts` become its canary."""
+    if backend == "torch":
+        return TorchEngine(model, tokenizer, DTYPES[args.dtype])
+    return VLLMEngine(model.name_or_path, tokenizer, args, model, [p.ids for p in prompts[:4]])
+
+
+class VLLMEngine:
+    """Samples with vLLM, in this process, from `model`'s weights; without a model, from a folder's.
+
+    It starts with random weights: what it samples from has come through `sync`, which shows that it
+    has. On a GPU it sleeps between `sleep` and `sync`, so that the update has the memory.
+    """
+
+    batch_size = 4096  # sequences in one call; vLLM schedules them itself
+
+    def __init__(
+        self, name: str, tokenizer, args, model=None, canary: Sequence[list[int]] = ()
+    ) -> None:
+        from vllm import LLM
+
+        self.model, self.tokenizer, self.dtype = model, tokenizer, DTYPES[args.dtype]
+        self.canary = [ids[-256:] for ids in canary]
+        self.trained = model is not None and any(p.requires_grad for p in model.parameters())
+        self.can_sleep, self.asleep = model is not None and model.device.type == "cuda", False
+        on_cpu = not torch.cuda.is_available()
+        if model is not None and on_cpu:
+            _keep_plain_cpu_weights()
+        length = args.max_prompt_tokens + args.max_new_tokens
+        try:
+            self.llm = LLM(
+                name,
+                skip_tokenizer_init=True,  # token ids in, token ids out
+                load_format="auto" if model is None else "dummy",
+                dtype=args.dtype,
+                max_model_len=length,
+                max_num_batched_tokens=max(length, 8192),
+                enable_chunked_prefill=not on_cpu,  # it breaks the seeds of a CPU's samples
+                gpu_memory_utilization=args.vllm_gpu_memory,
+                enforce_eager=args.enforce_eager,
+                enable_sleep_mode=self.can_sleep,
+                logprobs_mode="processed_logprobs",  # after the temperature
+                generation_config="vllm",  # else the model's own top_k and penalties
+                seed=args.seed,
+            )
+            config = model.generation_config if model else GenerationConfig.from_pretrained(name)
+            self.eos_ids = eos_token_ids(config, tokenizer)
+            proof = self.sync() if model else None
+        except Exception as error:  # of many types: too little memory, an unknown architecture ...
+            hint = "; change --vllm_gpu_memory, or shorten --max_prompt_tokens or --max_new_tokens"
+            hint = hint if "memory" in str(error).lower() else "; --backend torch may"
+            raise UserError(f"vLLM cannot run {name}: {one_line(error)}{hint}") from error
+        if proof:
+            print(
+                f"vLLM holds the weights of {name}: {proof['sync/parameters']} tensors equal to "
+                f"the bit, log-probs within {proof['sync/canary_max']:.1e}"
+            )
+
+    # --- generate ---
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        group_size: int,
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: Sequence[int],
+        top_p: float = 1.0,
+        top_k: int = 0,
+    ) -> list[Rollout]:
+        """As TorchEngine's: P prompts -> N = P·G rollouts, grouped. Seeded by `seed` and prompt."""
+        if self.asleep:  # the weights of a trained engine are gone until the next sync
+            if self.trained:
+                raise WeightSyncError("vLLM was asked for rollouts after it slept, before a sync")
+            self.llm.wake_up()
+            self.asleep = False
+        copies = group_size if temperature == 0 else 1  # vLLM decodes greedily once a prompt
+        outputs = self._run(
+            prompts,
+            [
+                {
+                    "n": group_size // copies,
+                    "temperature": temperature,
+                    "top_p": top_p,
+                    "top_k": top_k,
+                    "max_tokens": max_new_tokens,
+                    "seed": int(np.random.SeedSequence([*seed, p]).generate_state(1)[0]),
+                }
+                for p in range(len(prompts))
+            ],
+        )
+        rollouts = []
+        for prompt_ids, output in zip(prompts, outputs, strict=True):
+            for sample in output.outputs * copies:
+                ids, logprobs = list(sample.token_ids), torch.tensor(sample.logprobs.logprobs)
+                text = self.tokenizer.decode(ids, skip_special_tokens=True)
+                finish = "eos" if ids[-1] in self.eos_ids else "length"
+                rollouts.append(Rollout(prompt_ids, ids, logprobs, finish, text))
+        return rollouts
+
+    def _run(self, prompts: Sequence[list[int]], sampling: list[dict]) -> list:
+        from vllm import SamplingParams
+
+        shared = {"logprobs": 0, "flat_logprobs": True, "detokenize": False}
+        shared["stop_token_ids"] = self.eos_ids
+        try:
+            return self.llm.generate(
+                [{"prompt_token_ids": ids} for ids in prompts],
+                [SamplingParams(**shared, **own) for own in sampling],
+                use_tqdm=False,
+            )
+        except Exception as error:  # whatever it was, this engine is finished
+            raise RunFailure(f"vLLM stopped while sampling: {one_line(error)}") from error
+
+    # --- sync ---
+
+    def sleep(self) -> None:
+        """Free the GPU's memory. A trained engine forgets its weights (the next sync brings new
+        ones), a frozen one keeps them in host memory until it samples again."""
+        if self.can_sleep and not self.asleep:
+            self.llm.sleep(level=2 if self.trained else 1)
+            self.asleep = True
+
+    def sync(self) -> dict[str, float]:
+        """Load the model's weights into the engine, then prove both that it holds them (bit by bit)
+        and that it computes with them (log-probs of a canary batch).
+
+        The second alone would not do: at lr 1e-6 a step moves bfloat16 log-probs by less than their
+        rounding. Nor would the first: engines keep hidden, packed copies. Raises WeightSyncError.
+        """
+        began = time.perf_counter()
+        if self.asleep:
+            self.llm.wake_up(tags=["weights"])
+        self._load()
+        loaded = time.perf_counter()
+        stale, count = self._apply(lambda engine: stale_parameters(engine, self.model, self.dtype))
+        if stale:
+            named = ", ".join(stale[:5]) + (", ..." if len(stale) > 5 else "")
+            raise WeightSyncError(
+                f"after the sync {len(stale)} of vLLM's parameters differ from the trained ones "
+                f"({named}); --backend torch samples with the trained model itself"
+            )
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self.asleep = False
+        self.llm.reset_prefix_cache()  # its entries are of the old weights
+        proven = time.perf_counter()
+        mean, largest = self.canary_difference()
+        limit = CANARY_LIMIT[self.dtype]
+        if not mean <= limit:  # NaN too
+            raise WeightSyncError(
+                f"vLLM holds the trained weights but computes with others: its canary log-probs "
+                f"differ from the trainer's by {mean:.2g} in the mean (limit {limit:g}) and by "
+                f"{largest:.2g} at most; try --enforce_eager, or --backend torch"
+            )
+        return {
+            "sync/parameters": count,
+            "sync/canary_mean": mean,
+            "sync/canary_max": largest,
+            "sync/load_seconds": loaded - began,
+            "sync/freshness_seconds": proven - loaded,
+            "sync/canary_seconds": time.perf_counter() - proven,
+        }
+
+    def _load(self) -> None:
+        try:
+            self._apply(lambda engine: engine.load_weights(full_weights(self.model, self.dtype)))
+        except Exception as error:
+            raise WeightSyncError(f"vLLM took no new weights: {one_line(error)}") from error
+
+    def _apply(self, function: Callable):
+        return self.llm.apply_model(function)[0]
+
+    @torch.no_grad()
+    def canary_difference(self) -> tuple[float, float]:
+        """Mean and largest |difference| of the engine's and the trainer's log-probs at temperature
+        1, over the canary's prompts and eight sampled tokens each: prefill and decoding."""
+        own = {"temperature": 1.0, "seed": 0, "max_tokens": 8, "prompt_logprobs": 0}
+        outputs = self._run(self.canary, [own] * len(self.canary))
+        sequences, theirs = [], []
+        for ids, output in zip(self.canary, outputs, strict=True):
+            sample = output.outputs[0]
+            sequences.append(torch.tensor(ids + list(sample.token_ids)))
+            theirs += output.prompt_logprobs.logprobs + sample.logprobs.logprobs
+        ids = pad_sequence(sequences, batch_first=True).to(self.model.device)
+        lengths = torch.tensor([len(sequence) for sequence in sequences], device=ids.device)
+        mask = torch.arange(ids.shape[1] - 1, device=ids.device) < lengths[:, None] - 1
+        hidden = hidden_states(self.model, ids[:, :-1], mask, self.dtype)
+        ours = head_logprobs(hidden, self.model, ids[:, 1:][mask], 1.0, 1024)
+        difference = (ours.cpu() - torch.tensor(theirs)).abs()
+        return difference.mean().item(), difference.max().item()
+
+
+def full_weights(model, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each parameter by name, whole and in the engine's dtype, one at a time: a sharded model is
+    gathered parameter by parameter, never at once. Tied ones come once."""
+    for name, parameter in model.named_parameters():
+        yield name, full_weight(parameter, dtype)
+
+
+def full_weight(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    weight = parameter.detach().to(dtype)
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def stale_parameters(engine, model, dtype: torch.dtype) -> tuple[list[str], int]:
+    """Names of the engine's parameters that are not, bit by bit, the model's in `dtype`; and how
+    many tensors of the model were compared.
+
+    It goes by the engine's own parameters, not by what the load reports: q, k and v are rows of one
+    qkv_proj, and a vocabulary may be padded. A parameter that cannot be read, since the engine has
+    packed it away, is stale.
+    """
+    trained, unseen = dict(model.named_parameters()), set(dict(model.named_parameters()))
+    stale = []
+    for name, parameter in engine.named_parameters():
+        module = name.split(".")[-2]
+        start = 0
+        for part in getattr(engine, "packed_modules_mapping", {}).get(module, [module]):
+            part_name = name.replace(f".{module}.", f".{part}.")
+            if part_name not in trained:
+                stale.append(f"{part_name} (not in the model)")
+                continue
+            expected = full_weight(trained[part_name], dtype)
+            actual = parameter[start : start + len(expected)]
+            if not same_bits(actual, expected):
+                stale.append(part_name)
+            start += len(expected)
+            unseen.discard(part_name)
+        if start < len(parameter) and module not in ("embed_tokens", "lm_head"):
+            stale.append(f"{name} (rows beyond the model's)")
+    return stale + [f"{name} (not in vLLM)" for name in sorted(unseen)], len(trained) - len(unseen)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal as bits: NaN equals itself, and 0 is not -0."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    bits = {2: torch.int16, 4: torch.int32}[a.element_size()]
+    return torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
+
+
+def _keep_plain_cpu_weights() -> None:
+    """vLLM's CPU kernels multiply with packed copies of the weights and drop the originals, or keep
+    them beside a copy that no load refreshes. What is trained stays plain, and can be proven."""
+    from vllm.model_executor.layers import utils
+
+    def plain(layer, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    utils.dispatch_cpu_unquantized_gemm = plain
+
+
+# === sample and verify ===
+
+
 def sample_and_verify(
-    engine: TorchEngine,
+    engine: TorchEngine | VLLMEngine,
     verifier: Verifier,
     prompts: list[Prompt],
     group_size: int,

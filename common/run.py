@@ -34,6 +34,10 @@ class UserError(Exception):
     """What the user can mend, in one line: what is wrong and what to do. Exit code 2."""
 
 
+class RunFailure(Exception):
+    """What ended a run that had begun well, in one line. Exit code 1: the same command goes on."""
+
+
 def check(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
@@ -62,19 +66,22 @@ def check_ranges(args, zero_allowed: tuple[str, ...] = ()) -> None:
             check(valid, f"--{name} is {value}; it must be {low}")
 
 
-def first_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """What an exception of a library says, for a message of one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return " ".join((str(error).strip() or type(error).__name__).split())[:300]
 
 
 def start(main: Callable, args_type: type, description: str) -> None:
     """Parse the command line into `args_type` and run `main`; a UserError becomes one line on
-    stderr and exit code 2."""
+    stderr and exit code 2, a RunFailure exit code 1."""
     try:
         main(tyro.cli(args_type, description=description, use_underscores=True))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunFailure as error:
+        print(f"error: {error}; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(1)
 
 
 # === files ===

@@ -66,7 +66,7 @@ def test_a_sample_depends_on_its_seed_alone(model, tokenizer):
 
 
 def test_every_eos_id_ends_a_completion(model, tokenizer):
-    ends = eos_token_ids(model, tokenizer)
+    ends = set(eos_token_ids(model.generation_config, tokenizer))
     assert ends == {tokenizer.eos_token_id, *range(10, 20)}
     rollouts = TorchEngine(model, tokenizer).generate(
         prompts_of_many_lengths(tokenizer), 8, **SAMPLED

@@ -1,0 +1,93 @@
+r"""Tokens a second of the two rollout engines, in alternation in one process; cost of a sync.
+
+Every completion is sampled to its full length (no token ends one), so that both do the same work.
+
+    python -m benchmarks.rollout --backend vllm                         # the toy student, 256 x 64
+    python -m benchmarks.rollout --backend vllm --model SMOLLM2 --prompts 4 --group_size 8 \
+        --dtype bfloat16
+"""
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from common import data
+from common.model import DTYPES, load_model, load_tokenizer, resolve_device
+from common.rollout import TorchEngine, make_engine, resolve_backend
+from common.run import start
+
+
+@dataclass
+class Args:
+    model: str = "toy/student"
+    """a local folder or a hub id"""
+    backend: Literal["torch", "vllm"] = "torch"
+    """what is timed; vllm is timed beside torch"""
+    dataset: str = "toy"
+    """where the prompts come from"""
+    prompts: int = 16
+    """P: prompts"""
+    group_size: int = 16
+    """G: completions per prompt"""
+    max_new_tokens: int = 64
+    """tokens of each completion"""
+    rounds: int = 5
+    """timed rounds; the first comes after one that is not timed"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """compute type"""
+    max_prompt_tokens: int = 512
+    """longer prompts are dropped"""
+    vllm_gpu_memory: float = 0.4
+    """share of the GPU's memory that vLLM may take"""
+    enforce_eager: bool = False
+    """vLLM without compilation and CUDA graphs"""
+    seed: int = 0
+    """seed of the samples"""
+    thinking: bool = False
+    """thinking mode of the chat template"""
+
+
+def main(args: Args) -> None:
+    device = resolve_device("auto")
+    backend, tokenizer = resolve_backend(args, device), load_tokenizer(args.model)
+    problems = data.load_problems(args.dataset)
+    prompts = data.render_prompts(tokenizer, problems, args)[: args.prompts]
+    model = load_model(args.model, args.dtype, device, trainable=True)
+    engines = {"torch": TorchEngine(model, tokenizer, DTYPES[args.dtype])}
+    engines["torch"].eos_ids = engines["torch"].eos_ids[:0]
+    if backend == "vllm":
+        engines["vllm"] = make_engine(backend, model, tokenizer, prompts, args)
+        engines["vllm"].eos_ids = []
+    rates, syncs = {name: [] for name in engines}, []
+    sizes = {"group_size": args.group_size, "max_new_tokens": args.max_new_tokens}
+    for number in range(args.rounds + 1):
+        for name, engine in engines.items():
+            began = time.perf_counter()
+            rollouts = engine.generate(
+                [prompt.ids for prompt in prompts], temperature=1.0, seed=(number,), **sizes
+            )
+            seconds = time.perf_counter() - began
+            tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
+            assert tokens == len(prompts) * args.group_size * args.max_new_tokens
+            rates[name].append(tokens / seconds)
+        syncs.append(engine.sync())
+    print(
+        f"{args.model}, {len(rollouts)} sequences x {args.max_new_tokens} tokens, {args.dtype}, "
+        f"{torch.get_num_threads()} threads, median of {args.rounds} rounds [least, most]"
+    )
+    for name, listed in rates.items():
+        timed = listed[1:]
+        middle = statistics.median(timed)
+        print(f"{name:6} {middle:9,.0f} tokens/s [{min(timed):,.0f}, {max(timed):,.0f}]")
+    if backend == "vllm":
+        pairs = zip(rates["vllm"][1:], rates["torch"][1:], strict=True)
+        print(f"vllm / torch: {statistics.median(v / t for v, t in pairs):.2f}")
+        for key in [key for key in syncs[0] if key.endswith("seconds")]:
+            print(f"{key}: {statistics.median(sync[key] for sync in syncs[1:]) * 1000:.1f} ms")
+
+
+if __name__ == "__main__":
+    start(main, Args, __doc__)

@@ -1,0 +1,322 @@
+"""What of the vLLM backend needs no vLLM: choosing it, the order of its calls, gathering weights.
+test_vllm.py has the real engine."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import prompt_of
+
+import grpo
+from common import rollout as module
+from common.rollout import (
+    WeightSyncError,
+    full_weights,
+    make_engine,
+    resolve_backend,
+    same_bits,
+    stale_parameters,
+)
+from common.run import ROOT, RunFailure, UserError, start
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def arguments(**own) -> SimpleNamespace:
+    shared = {"backend": "auto", "vllm_gpu_memory": 0.4, "enforce_eager": False, "seed": 0}
+    sizes = {"max_prompt_tokens": 32, "max_new_tokens": 8, "dtype": "float32"}
+    return SimpleNamespace(**{"model": "Qwen/Qwen3-1.7B"} | shared | sizes | own)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Pretends that vLLM of a version, or none, is there."""
+
+    def pretend(version: str | None, llm=None) -> None:
+        monkeypatch.setattr(module, "find_spec", lambda name: version)
+        vllm = SimpleNamespace(__version__=version, LLM=llm, SamplingParams=SimpleNamespace)
+        monkeypatch.setitem(sys.modules, "vllm", vllm)
+
+    return pretend
+
+
+# === the choice ===
+
+
+@pytest.mark.parametrize(
+    ("version", "device", "own", "expected"),
+    [
+        (None, CPU, {}, "torch"),
+        ("0.32.0", CPU, {}, "torch"),
+        ("0.32.0", CPU, {"backend": "vllm"}, "vllm"),
+        ("0.32.0", CUDA, {}, "vllm"),
+        ("0.32.0+cpu", CUDA, {"backend": "torch"}, "torch"),
+        (None, CUDA, {"model": "toy/teacher"}, "torch"),
+        (None, CUDA, {"backend": "torch"}, "torch"),
+    ],
+)
+def test_the_backend(version, device, own, expected, installed, capsys):
+    installed(version)
+    assert resolve_backend(arguments(**own), device) == expected
+    assert capsys.readouterr().out == f"rollouts: {expected}\n"
+
+
+@pytest.mark.parametrize(
+    ("version", "device", "own", "message"),
+    [
+        (None, CPU, {"backend": "vllm"}, "not installed: pip install -r requirements-gpu.txt"),
+        (None, CUDA, {}, "pip install -r requirements-gpu.txt; or insist with --backend torch"),
+        ("0.31.2", CPU, {"backend": "vllm"}, "vLLM 0.31.2 is installed, 0.32.0 is needed"),
+        ("0.33.0", CUDA, {}, "vLLM 0.33.0 is installed, 0.32.0 is needed"),
+        ("0.32.0", CPU, {"backend": "vllm", "vllm_gpu_memory": 1.5}, "--vllm_gpu_memory is 1.5"),
+        ("0.32.0", CPU, {"backend": "vllm", "vllm_gpu_memory": 0.0}, "--vllm_gpu_memory is 0.0"),
+        (None, CPU, {"vllm_gpu_memory": float("nan")}, "--vllm_gpu_memory is nan"),
+    ],
+)
+def test_the_backend_cannot_be_had(version, device, own, message, installed):
+    installed(version)
+    with pytest.raises(UserError, match=message):
+        resolve_backend(arguments(**own), device)
+
+
+# === the order of calls ===
+
+
+class FakeLLM:
+    """Records vLLM's calls; its model is the trained one, unless it slept with level 2."""
+
+    def __init__(self, name, **settings):
+        self.settings, self.calls, self.asleep = settings, [], set()
+
+    def apply_model(self, function):
+        assert "weights" not in self.asleep
+        return [function(self)]
+
+    def load_weights(self, pairs):
+        self.calls.append("load")
+        self.weights = {name: weight.clone() for name, weight in pairs}
+
+    def named_parameters(self):
+        self.calls.append("prove")
+        return self.weights.items()
+
+    def sleep(self, level):
+        self.calls.append(f"sleep {level}")
+        self.asleep = {"weights", "kv_cache"}
+
+    def wake_up(self, tags=("weights", "kv_cache")):
+        self.calls.append(f"wake {'+'.join(tags)}")
+        self.asleep -= set(tags)
+
+    def reset_prefix_cache(self):
+        self.calls.append("reset")
+
+    def generate(self, prompts, sampling, use_tqdm):
+        assert not self.asleep
+        self.calls.append("generate")
+        sample = SimpleNamespace(token_ids=[3, 4], logprobs=SimpleNamespace(logprobs=[-1.0, -2.0]))
+        return [SimpleNamespace(outputs=[sample]) for _ in prompts]
+
+
+class OnGPU:
+    """A model that says so."""
+
+    device = CUDA
+
+    def __init__(self, model):
+        self.model = model
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+
+@pytest.fixture
+def made(model, tokenizer, installed, monkeypatch):
+    """An engine over a FakeLLM, as on a GPU."""
+
+    def make(trained: bool = True):
+        installed("0.32.0", FakeLLM)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(module.VLLMEngine, "canary_difference", lambda self: (0.0, 0.0))
+        policy = OnGPU(model.requires_grad_(trained))
+        return make_engine("vllm", policy, tokenizer, [prompt_of("1", [5, 6])], arguments())
+
+    return make
+
+
+SAMPLE = {"max_new_tokens": 2, "temperature": 1.0, "seed": (0,)}
+
+
+def test_a_trained_engine_wakes_for_new_weights_only(made):
+    engine = made()
+    engine.generate([[5, 6]], 1, **SAMPLE)
+    engine.generate([[5, 6]], 1, **SAMPLE)  # a refill
+    engine.sleep()
+    engine.sync()
+    engine.generate([[5, 6]], 1, **SAMPLE)
+    start_up = ["load", "prove", "reset"]
+    step = ["generate", "generate", "sleep 2"]
+    sync = ["wake weights", "load", "prove", "wake kv_cache", "reset"]
+    assert engine.llm.calls == [*start_up, *step, *sync, "generate"]
+
+
+def test_a_trained_engine_that_slept_refuses_to_sample_before_a_sync(made):
+    engine = made()
+    engine.sleep()
+    with pytest.raises(WeightSyncError, match="before a sync"):
+        engine.generate([[5, 6]], 1, **SAMPLE)
+
+
+def test_a_frozen_engine_keeps_its_weights_asleep(made):
+    engine = made(trained=False)
+    for _ in range(2):
+        engine.generate([[5, 6]], 1, **SAMPLE)
+        engine.sleep()
+    calls = ["generate", "sleep 1", "wake weights+kv_cache", "generate", "sleep 1"]
+    assert engine.llm.calls == ["load", "prove", "reset", *calls]
+
+
+def test_the_engine_starts_without_weights_and_compiles(made):
+    settings = made().llm.settings
+    assert settings["load_format"] == "dummy"
+    assert settings["enable_sleep_mode"]
+    assert not settings["enforce_eager"]
+    assert settings["gpu_memory_utilization"] == 0.4
+    assert settings["max_model_len"] == 40
+
+
+def test_a_nan_in_the_canary_is_an_error(made, monkeypatch):
+    engine = made()
+    monkeypatch.setattr(engine, "canary_difference", lambda: (float("nan"), float("nan")))
+    with pytest.raises(WeightSyncError, match="nan in the mean"):
+        engine.sync()
+
+
+def test_a_failed_run_is_one_line_and_exit_code_1(monkeypatch, capsys):
+    def main(args):
+        raise RunFailure("vLLM stopped while sampling")
+
+    monkeypatch.setattr(sys, "argv", ["grpo.py"])
+    with pytest.raises(SystemExit) as stop:
+        start(main, grpo.Args, "")
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "vLLM stopped while sampling; the same command goes on" in error
+
+
+# === weights ===
+
+
+class Engine(torch.nn.Module):
+    """A stand-in for vLLM's module: q, k and v packed into one parameter, a padded vocabulary."""
+
+    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.tensors = tensors
+
+    def named_parameters(self):
+        return self.tensors.items()
+
+
+def packed(model, dtype=torch.float32) -> dict[str, torch.Tensor]:
+    tensors = dict(full_weights(model, dtype))
+    for layer in range(2):
+        stem = f"model.layers.{layer}.self_attn."
+        parts = [tensors.pop(f"{stem}{part}_proj.weight") for part in "qkv"]
+        tensors[f"{stem}qkv_proj.weight"] = torch.cat(parts)
+    padding = torch.full((24, 32), 7.0, dtype=dtype)
+    name = "model.embed_tokens.weight"
+    tensors[name] = torch.cat([tensors[name], padding])
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fresh_parameters(model, dtype):
+    stale, count = stale_parameters(Engine(packed(model, dtype)), model, dtype)
+    assert stale == []
+    assert count == len(list(model.parameters()))
+
+
+def test_one_bit_is_enough(model):
+    tensors = packed(model)
+    rows = tensors["model.layers.1.self_attn.qkv_proj.weight"]
+    queries = dict(model.named_parameters())["model.layers.1.self_attn.q_proj.weight"]
+    rows[len(queries), 3] = torch.nextafter(rows[len(queries), 3], torch.tensor(9.0))
+    stale, _ = stale_parameters(Engine(tensors), model, torch.float32)
+    assert stale == ["model.layers.1.self_attn.k_proj.weight"]
+
+
+def test_what_cannot_be_compared_is_stale(model):
+    tensors = packed(model)
+    tensors["model.layers.0.mlp.down_proj.weight"] = torch.empty(0)  # packed away
+    tensors["model.layers.0.self_attn.o_proj.weight"] = torch.zeros(99, 32)
+    tensors["model.norm.bias"] = torch.zeros(32)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    stale, count = stale_parameters(Engine(tensors), model, torch.float32)
+    assert set(stale) == {
+        "model.layers.0.mlp.down_proj.weight",
+        "model.layers.0.self_attn.o_proj.weight",
+        "model.layers.0.self_attn.o_proj.weight (rows beyond the model's)",
+        "model.norm.bias (not in the model)",
+        "model.norm.bias (rows beyond the model's)",
+        "model.layers.1.mlp.up_proj.weight (not in vLLM)",
+    }
+    assert count == len(list(model.parameters())) - 1
+
+
+def test_same_bits():
+    one, nan = torch.tensor([1.0]), torch.tensor([float("nan")])
+    assert same_bits(one, one.clone())
+    assert same_bits(nan, nan.clone())
+    assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
+    assert not same_bits(one, one.bfloat16())
+    assert not same_bits(one, torch.ones(2))
+
+
+SHARDED = """
+import torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from common.rollout import full_weights, same_bits
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8)
+model = Qwen3ForCausalLM(Qwen3Config(vocab_size=101, tie_word_embeddings=True, **shape))
+plain = {name: weight.clone() for name, weight in full_weights(model, torch.bfloat16)}
+for layer in model.model.layers:
+    fully_shard(layer)
+fully_shard(model)
+gathered = dict(full_weights(model, torch.bfloat16))
+assert plain.keys() == gathered.keys() and "lm_head.weight" not in plain
+assert all(same_bits(gathered[name], plain[name]) for name in plain)
+if dist.get_rank() == 0:
+    print("equal", len(plain))
+dist.destroy_process_group()
+"""
+
+
+def test_a_sharded_model_is_gathered_whole(tmp_path):
+    """Two gloo ranks, FSDP2, tied embeddings, sizes that do not divide by two."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--standalone",
+    ]
+    done = subprocess.run(
+        [*command, str(tmp_path / "sharded.py")],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "equal 24\n"
