@@ -170,7 +170,7 @@ def loss_fn(
     A vocabulary padded beyond the other model's is cut to the shorter one.
     """
     if teacher_logits is None:
-        logprobs, entropy = logprob.token_logprobs(logits, tokens, args.temperature)
+        logprobs, entropy = logprob.token_logprobs(logits, tokens, args.temperature, True)
         return -logprobs.sum(), {"policy/entropy": entropy.detach().sum()}
     size = min(logits.shape[-1], teacher_logits.shape[-1])
     logq = (logits[:, :size].float() / args.temperature).log_softmax(-1)  # the student's

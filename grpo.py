@@ -215,7 +215,7 @@ def loss_fn(
     `old_logprobs` None: the policy has not moved since it sampled, so the ratio is 1 (its gradient
     is not 0). Returns the weighted sum and the unweighted sums of what is logged.
     """
-    logprobs, entropy = logprob.token_logprobs(logits, tokens, args.temperature)
+    logprobs, entropy = logprob.token_logprobs(logits, tokens, args.temperature, True)
     old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)

@@ -38,7 +38,7 @@ class Args:
     """timed rounds; the first comes after one that is not timed"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """compute type"""
-    max_prompt_tokens: int = 512
+    max_prompt_tokens: int = 256
     """longer prompts are dropped"""
     vllm_gpu_memory: float = 0.4
     """share of the GPU's memory that vLLM may take"""
@@ -60,7 +60,10 @@ def main(args: Args) -> None:
     engines["torch"].eos_ids = engines["torch"].eos_ids[:0]
     if backend == "vllm":
         engines["vllm"] = make_engine(backend, model, tokenizer, prompts, args)
-        engines["vllm"].eos_ids = []
+        run = engines["vllm"]._run
+        engines["vllm"]._run = lambda asked, sampling: run(
+            asked, [own | {"ignore_eos": True, "stop_token_ids": []} for own in sampling]
+        )
     rates, syncs = {name: [] for name in engines}, []
     sizes = {"group_size": args.group_size, "max_new_tokens": args.max_new_tokens}
     for number in range(args.rounds + 1):

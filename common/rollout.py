@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, GenerationConfig
+from transformers import Cache, DynamicLayer, GenerationConfig
 
 from common.data import Problem, Prompt, read_jsonl
-from common.logprob import autocast, head_logprobs, hidden_states, token_logprobs
+from common.logprob import autocast, head_logprobs, hidden_states
 from common.model import DTYPES
 from common.run import RunFailure, UserError, check, one_line
 from common.verifier import OUTCOMES, Verdict, Verifier
@@ -70,31 +70,61 @@ def eos_token_ids(generation_config: GenerationConfig | None, tokenizer) -> list
 # === transformers ===
 
 
-def draw(logits: torch.Tensor, uniforms: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
-    """Inverse-CDF sampling: logits [B, V] float32 after the temperature, uniforms [B] in [0, 1) ->
-    token ids [B].
+def draw(logprobs: torch.Tensor, uniforms: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
+    """Inverse-CDF sampling: logprobs [B, V] float32, uniforms [B] in [0, 1) -> token ids [B].
 
     One uniform a token, drawn ahead, makes a sample depend on its own seed alone: not on the batch
     that it shares, nor on who else has finished. It is also much faster than torch.multinomial over
     a large vocabulary.
     """
+    weights = logprobs.exp()
     if top_k > 0:
-        kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kept, -torch.inf)
+        kept = weights.topk(min(top_k, weights.shape[-1])).values[:, -1:]
+        weights = weights.masked_fill(weights < kept, 0.0)
     if top_p < 1.0:
-        ordered, order = logits.softmax(-1).sort(descending=True)
+        ordered, order = (weights / weights.sum(-1, keepdim=True)).sort(descending=True)
         # The token that crosses top_p is kept: what stands before it sums to less.
         dropped = (ordered.cumsum(-1) - ordered) >= top_p
-        logits = logits.masked_fill(
-            torch.zeros_like(dropped).scatter(1, order, dropped), -torch.inf
-        )
-    cdf = logits.softmax(-1).cumsum(-1)
+        weights = weights.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), 0.0)
+    cdf = weights.cumsum(-1)
     # Below the last value even after rounding, so that no token of probability 0 behind it can be
     # reached.
     target = (uniforms[:, None] * cdf[:, -1:]).minimum(
         torch.nextafter(cdf[:, -1:], torch.zeros_like(cdf[:, -1:]))
     )
     return torch.searchsorted(cdf, target, right=True).squeeze(-1)
+
+
+class GrowingLayer(DynamicLayer):
+    """transformers' cache of one layer, [B, H, T, head size], without its copy of all of it at
+    every token: new tokens are written behind the old ones, where there is room for half as many
+    more."""
+
+    room: tuple[torch.Tensor, torch.Tensor] | None = None  # what keys and values are the front of
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = self.get_seq_length()
+        end = length + key_states.shape[-2]
+        if self.room is None or end > self.room[0].shape[-2]:
+            B, H, _, head_size = key_states.shape
+            room = tuple(key_states.new_empty(B, H, end + end // 2 + 16, head_size) for _ in "kv")
+            if length > 0:
+                room[0][:, :, :length], room[1][:, :, :length] = self.keys, self.values
+            self.room = room
+        for room, new in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, length:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        return self.keys, self.values
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.room = None
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.room = None
 
 
 class TorchEngine:
@@ -163,7 +193,7 @@ class TorchEngine:
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
         padded = bool((lengths < width).any())  # without padding attention is faster with no mask
-        cache = DynamicCache()
+        cache = Cache(layer_class_to_replicate=GrowingLayer)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         logits = self._forward(ids, mask if padded else None, positions, cache)
         # Share it over the group.
@@ -177,11 +207,11 @@ class TorchEngine:
         ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
         rows = torch.arange(num_rows, device=device)
         for t in range(max_new_tokens):
-            scaled = logits.float() / (temperature or 1.0)
+            logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)
             greedy = temperature == 0
-            sampled = scaled.argmax(-1) if greedy else draw(scaled, uniforms[rows, t], top_p, top_k)
+            sampled = logp.argmax(-1) if greedy else draw(logp, uniforms[rows, t], top_p, top_k)
             tokens[rows, t] = sampled
-            logprobs[rows, t] = token_logprobs(scaled, sampled)[0]
+            logprobs[rows, t] = logp.gather(-1, sampled[:, None]).squeeze(-1)
             just_ended = rows[torch.isin(sampled, self.eos_ids) & ~ended[rows]]
             ended[just_ended], num_tokens[just_ended] = True, t + 1
             alive = (~ended[rows]).nonzero().squeeze(-1)
@@ -301,8 +331,10 @@ class VLLMEngine:
             self.eos_ids = eos_token_ids(config, tokenizer)
             proof = self.sync() if model else None
         except Exception as error:  # of many types: too little memory, an unknown architecture ...
-            hint = "; change --vllm_gpu_memory, or shorten --max_prompt_tokens or --max_new_tokens"
-            hint = hint if "memory" in str(error).lower() else "; --backend torch may"
+            sizes = "--max_prompt_tokens or --max_new_tokens"
+            hint = f"; change --vllm_gpu_memory, or shorten {sizes}"
+            known = any(word in str(error).lower() for word in ("memory", "max_model_len"))
+            hint = hint if known else "; --backend torch may"
             raise UserError(f"vLLM cannot run {name}: {one_line(error)}{hint}") from error
         if proof:
             print(
@@ -361,7 +393,7 @@ class VLLMEngine:
         try:
             return self.llm.generate(
                 [{"prompt_token_ids": ids} for ids in prompts],
-                [SamplingParams(**shared, **own) for own in sampling],
+                [SamplingParams(**shared | own) for own in sampling],
                 use_tqdm=False,
             )
         except Exception as error:  # whatever it was, this engine is finished

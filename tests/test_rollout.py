@@ -86,14 +86,14 @@ def test_sampling_follows_the_distribution():
     logits = torch.tensor([2.0, 0.0, -torch.inf, 1.0, -3.0])
     count = 20_000
     uniforms = (torch.arange(count) + 0.5) / count
-    tokens = draw(logits.expand(count, -1), uniforms, top_p=1.0, top_k=0)
+    tokens = draw(logits.log_softmax(-1).expand(count, -1), uniforms, top_p=1.0, top_k=0)
     shares = torch.bincount(tokens, minlength=5) / count
     torch.testing.assert_close(shares, logits.softmax(-1), atol=1e-3, rtol=0)
     assert shares[2] == 0
 
 
 def test_a_uniform_next_to_one_stays_in_the_support():
-    logits = torch.tensor([[0.0, 0.0, -torch.inf]])
+    logits = torch.tensor([[0.0, 0.0, -torch.inf]]).log_softmax(-1)
     largest = torch.tensor([math.nextafter(1.0, 0.0)], dtype=torch.float32).clamp(max=1 - 2**-24)
     assert draw(logits, largest, 1.0, 0).item() == 1
     assert draw(logits, torch.ones(1), 1.0, 0).item() == 1

@@ -1,0 +1,154 @@
+r"""The chunked head against its three bare matrix products; on a GPU, the fused kernels too.
+
+python -m benchmarks.logprob                                       # float32: minutes on a CPU
+python -m benchmarks.logprob --dtype bfloat16 --chunk_size 1024
+"""
+
+import statistics
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from common import logprob
+from common.model import DTYPES, resolve_device
+from common.run import start
+
+
+@dataclass
+class Args:
+    tokens: int = 2048
+    """N: tokens of the micro-batch"""
+    hidden_size: int = 1024
+    """D: hidden size"""
+    words: int = 151_936
+    """V: vocabulary"""
+    chunk_size: int = 256
+    """tokens per chunk of the head"""
+    rounds: int = 3
+    """timed rounds, in alternation"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """compute type; the head's gradient is float32 either way"""
+
+
+class Head:
+    """What `head_backward` needs of a model."""
+
+    def __init__(self, weight: torch.Tensor):
+        self.weight = weight.requires_grad_()
+
+    def get_output_embeddings(self):
+        return self
+
+
+def seconds(function, device: torch.device) -> float:
+    began = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def peak_bytes(function, device: torch.device) -> int:
+    """The most memory that `function` held beside what was there before."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    status, done, seen = Path("/proc/self/statm"), threading.Event(), []
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            seen.append(int(status.read_text().split()[1]) * 4096)
+
+    before = int(status.read_text().split()[1]) * 4096
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    function()
+    done.set()
+    watcher.join()
+    return max(seen) - before
+
+
+def head(args: Args, device: torch.device) -> None:
+    torch.manual_seed(0)
+    dtype, shape = DTYPES[args.dtype], (args.tokens, args.hidden_size)
+    model = Head(torch.randn(args.words, args.hidden_size, device=device) * 0.02)
+    hidden = torch.randn(shape, device=device, dtype=dtype)
+    tokens = torch.randint(args.words, (args.tokens,), device=device)
+    weight, gradient = (
+        model.weight.detach().to(dtype),
+        torch.randn(shape, device=device, dtype=dtype),
+    )
+
+    def loss_fn(logits, tokens):
+        return -logprob.token_logprobs(logits, tokens, 1.0, True)[0].sum(), {}
+
+    def chunked() -> None:
+        inputs = {"tokens": tokens}
+        leaf = hidden.clone().requires_grad_()
+        logprob.head_backward(leaf, model, loss_fn, inputs, args.tokens, args.chunk_size)
+
+    def products() -> None:
+        """The same three for each chunk, and nothing else."""
+        for chunk in hidden.split(args.chunk_size):
+            logits = torch.mm(chunk, weight.T, out=room[: len(chunk)])
+            gradient[: len(chunk)] = logits @ weight
+            logprob._add_product(model.weight.grad, logits, chunk)
+
+    room.zero_()
+    extra = peak_bytes(chunked, device)  # the head's gradient included: it is made here
+    pairs = [(seconds(products, device), seconds(chunked, device)) for _ in range(args.rounds)]
+    bare, ours = (statistics.median(side) for side in zip(*pairs, strict=True))
+    ratio = statistics.median(b / a for a, b in pairs)
+    size = dtype.itemsize
+    allowed = 3 * args.chunk_size * args.words * size + 4 * args.words * args.hidden_size
+    allowed += args.tokens * args.hidden_size * size
+    print(
+        f"head, N {args.tokens}, D {args.hidden_size}, V {args.words}, {args.dtype}, chunks of "
+        f"{args.chunk_size}, {device}: {ours:.2f} s, bare products {bare:.2f} s, ratio {ratio:.2f}"
+    )
+    print(
+        f"extra memory {extra / 1e9:.2f} GB; three chunks and both gradients {allowed / 1e9:.2f} GB"
+    )
+
+
+def kernels(args: Args, device: torch.device) -> None:
+    """Time, GB/s and share of the bandwidth of a copy, forward and backward."""
+    rows, dtype = args.chunk_size, DTYPES[args.dtype]
+    logits = torch.randn(rows, args.words, device=device, dtype=dtype)
+    tokens, up = torch.randint(args.words, (rows,), device=device), torch.randn(rows, device=device)
+    saved = logprob._forward_triton(logits, tokens, 1.0)
+    target = torch.empty_like(logits)
+    work = {
+        "copy": (lambda: target.copy_(logits), 2),
+        "forward": (lambda: logprob._forward_triton(logits, tokens, 1.0), 1),
+        "backward": (
+            lambda: logprob._backward_triton(logits, tokens, *saved[1:], up, up, 1.0, target),
+            2,
+        ),
+    }
+    rates = {}
+    for name, (function, passes) in work.items():
+        function()
+        taken = min(seconds(function, device) for _ in range(20))
+        rates[name] = passes * logits.nbytes / taken / 1e9
+        share = rates[name] / rates["copy"]
+        print(f"{name:9} {taken * 1e3:7.3f} ms {rates[name]:7.0f} GB/s {share:5.0%} of the copy")
+
+
+def main(args: Args) -> None:
+    device = resolve_device("auto")
+    head(args, device)
+    if device.type == "cuda":
+        kernels(args, device)
+    else:
+        print("fused kernels: not measured (no GPU)")
+
+
+if __name__ == "__main__":
+    start(main, Args, __doc__)
