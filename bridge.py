@@ -23,7 +23,17 @@ from pathlib import Path
 from typing import Literal
 
 from common.data import default_decontamination
-from common.run import ROOT, UserError, check, check_ranges, start, write_atomic, write_json
+from common.run import (
+    ROOT,
+    RunFailure,
+    Stopped,
+    UserError,
+    check,
+    check_ranges,
+    start,
+    write_atomic,
+    write_json,
+)
 
 
 @dataclass
@@ -310,16 +320,24 @@ def run_stage(stage: Stage) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / stage.script), *stage.command[2:]]
     with open(log, "ab") as file:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        while piece := child.stdout.read1():
-            file.write(piece)
-            sys.stdout.buffer.write(piece)
-            sys.stdout.buffer.flush()
-        code = child.wait()
+        # In a session of its own, so that Ctrl-C reaches it once: through us.
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        child = subprocess.Popen(command, **pipes, start_new_session=True)
+        try:
+            while piece := child.stdout.read1():
+                file.write(piece)
+                sys.stdout.buffer.write(piece)
+                sys.stdout.buffer.flush()
+            code = child.wait()
+        except Stopped as stop:
+            child.send_signal(stop.number)
+            child.communicate()
+            raise
     if code != 0 or not stage.manifest.exists():
-        last = log.read_text(errors="replace").strip().splitlines()[-1:]
-        raise UserError(
-            f"stage {stage.name} failed with exit code {code} ({' '.join(last)}); log: {log}; "
+        last = log.read_text(errors="replace").strip().splitlines()[-5:]
+        kind = UserError if code == 2 else RunFailure
+        raise kind(
+            f"stage {stage.name} failed with exit code {code} ({' / '.join(last)}); log: {log}; "
             f"to retry: {shown}"
         )
 

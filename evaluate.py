@@ -33,7 +33,15 @@ from common.rollout import (
     rollout_metrics,
     sample_and_verify,
 )
-from common.run import check, check_ranges, claim_folder, start, write_json, write_jsonl
+from common.run import (
+    check,
+    check_ranges,
+    claim_folder,
+    lock_folder,
+    start,
+    write_json,
+    write_jsonl,
+)
 from common.verifier import Verifier
 
 
@@ -148,7 +156,7 @@ def main(args: Args) -> None:
         model = load_model(args.model, args.dtype, device)
         engine = TorchEngine(model, tokenizer, DTYPES[args.dtype])
     results, began = {}, time.perf_counter()
-    with Verifier() as verifier:
+    with lock_folder(folder), Verifier() as verifier:
         for number, (name, asked) in enumerate(prompts.items()):
             rollouts = []
             per_batch = max(1, engine.batch_size // args.num_samples)

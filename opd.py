@@ -122,6 +122,8 @@ class Args:
     """AdamW's weight decay"""
     max_grad_norm: float = 1.0
     """gradient clipping"""
+    skip_nonfinite: bool = False
+    """leave out updates with a loss or gradient that is not finite, instead of stopping"""
     micro_batch_size: int = 64
     """sequences per forward and backward"""
     chunk_size: int = 2048
@@ -300,7 +302,7 @@ def main(args: Args) -> None:
     # --- loop ---
     verifier = Verifier()
     bar = tqdm(total=args.num_steps, initial=run.progress.step, desc=run.script)
-    with verifier, bar:
+    with run.guard(model, optimizer), verifier, bar:
         for step in range(run.progress.step + 1, args.num_steps + 1):
             clock = Clock()
 
@@ -315,6 +317,7 @@ def main(args: Args) -> None:
             metrics = rollout_metrics(sampled)
             engine.sleep()
             clock.lap("generate")
+            run.begin_update()
 
             # --- score ---
             # A micro-batch at a time, inside `backward`: a step's teacher states would not fit.
@@ -322,9 +325,10 @@ def main(args: Args) -> None:
             # --- update ---
             metrics |= backward(model, teacher, sampled, args)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
             metrics["optim/grad_norm"] = grad_norm.item()
+            if run.is_finite(metrics["loss/total"], grad_norm.item(), sampled):
+                optimizer.step()
+            optimizer.zero_grad()
             clock.lap("update")
 
             # --- sync ---
@@ -343,9 +347,7 @@ def main(args: Args) -> None:
                 seed = (args.seed, 0)
                 evaluated = sample_and_verify(eval_engine, verifier, eval_prompts, 1, args, seed)
                 metrics["eval/accuracy"] = rollout_metrics(evaluated)["rollout/accuracy"]
-            run.log(metrics, sampled)
-            if args.checkpoint_every and step % args.checkpoint_every == 0:
-                run.save_checkpoint(model, optimizer)
+            run.end_step(metrics, sampled, model, optimizer)
     run.finish(model, tokenizer)
 
 

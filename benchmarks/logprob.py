@@ -80,6 +80,7 @@ def head(args: Args, device: torch.device) -> None:
     model = Head(torch.randn(args.words, args.hidden_size, device=device) * 0.02)
     hidden = torch.randn(shape, device=device, dtype=dtype)
     tokens = torch.randint(args.words, (args.tokens,), device=device)
+    room = torch.zeros(args.chunk_size, args.words, device=device, dtype=dtype)
     weight, gradient = (
         model.weight.detach().to(dtype),
         torch.randn(shape, device=device, dtype=dtype),
@@ -100,7 +101,6 @@ def head(args: Args, device: torch.device) -> None:
             gradient[: len(chunk)] = logits @ weight
             logprob._add_product(model.weight.grad, logits, chunk)
 
-    room.zero_()
     extra = peak_bytes(chunked, device)  # the head's gradient included: it is made here
     pairs = [(seconds(products, device), seconds(chunked, device)) for _ in range(args.rounds)]
     bare, ours = (statistics.median(side) for side in zip(*pairs, strict=True))

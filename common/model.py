@@ -57,7 +57,7 @@ def _find(name: str) -> str:
 def _load(load, name: str, **kwargs):
     path = _find(name)
     try:
-        return load(path, **kwargs)
+        return load(path, trust_remote_code=False, **kwargs)  # False: None would ask on stdin
     except Exception as error:  # a damaged file, a missing package, an unknown architecture ...
         raise UserError(f"cannot load {name}: {one_line(error)}") from error
 
@@ -88,7 +88,8 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model: float32 weights if trainable, whatever `dtype`; else in it."""
     weights_dtype = torch.float32 if trainable else DTYPES[dtype]
-    model = _load(AutoModelForCausalLM.from_pretrained, name, dtype=weights_dtype).to(device)
+    kwargs = {"dtype": weights_dtype, "use_safetensors": True}  # a pickle could run code
+    model = _load(AutoModelForCausalLM.from_pretrained, name, **kwargs).to(device)
     model.requires_grad_(trainable)
     model.eval()  # never train(): dropout would make the sampled and the trained policy differ
     _check_head(model, name)

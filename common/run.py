@@ -8,22 +8,28 @@ DIR/final/                the trained model, as save_pretrained leaves it
 DIR/manifest.json         written last: only this says that the run is finished
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import tyro
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.tensorboard import SummaryWriter
 
@@ -72,16 +78,69 @@ def one_line(error: Exception) -> str:
 
 
 def start(main: Callable, args_type: type, description: str) -> None:
-    """Parse the command line into `args_type` and run `main`; a UserError becomes one line on
-    stderr and exit code 2, a RunFailure exit code 1."""
+    """Parse the command line into `args_type` and run `main`.
+
+    Exit codes, each with one line on stderr: 2 for what the user can mend (UserError), 1 for a run
+    that failed (RunFailure, a full disk), 128 + n for signal n.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, STOP.catch)
+    code, message = 0, ""
     try:
-        main(tyro.cli(args_type, description=description, use_underscores=True))
+        main(parse(args_type, description))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RunFailure as error:
-        print(f"error: {error}; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(1)
+        code, message = 2, f"error: {error}"
+    except (RunFailure, OSError) as error:
+        hint = "the same command goes on from the last checkpoint"
+        code, message = 1, f"error: {one_line(error)}; {hint}"
+    except Stopped as stop:
+        code, message = 128 + stop.number, f"{stop}; the same command goes on"
+    if code:
+        print(message, file=sys.stderr)
+        sys.exit(code)
+
+
+def parse(args_type: type, description: str):
+    """The command line as `args_type`; tyro's box of several lines becomes a UserError."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(args_type, description=description, use_underscores=True)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        words = re.sub(r"[^\x20-\x7e]|(?<=\s)[-|+]+(?=\s)|---+", " ", box.getvalue())
+        raise UserError(f"{' '.join(words.split())[:400]} (--help lists every flag)") from None
+
+
+# === signals ===
+
+
+class Stopped(BaseException):
+    """A signal, where it can be obeyed."""
+
+    def __init__(self, number: int, where: str = ""):
+        super().__init__(f"stopped by {signal.Signals(number).name}{where}")
+        self.number = number
+
+
+class StopRequest:
+    """What to do at SIGTERM and SIGINT: in a training loop wait for the next phase boundary, else
+    stop; at the second signal exit at once."""
+
+    number: int | None = None  # of the signal that waits to be obeyed
+    in_loop = False
+
+    def catch(self, number: int, frame) -> None:
+        if self.number is not None:
+            os._exit(128 + number)
+        self.number = number
+        if not self.in_loop:
+            raise Stopped(number)
+        print("\nstopping after this phase; a second signal stops at once", file=sys.stderr)
+
+
+STOP = StopRequest()  # signal handlers belong to the process
 
 
 # === files ===
@@ -96,6 +155,13 @@ def write_atomic(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    sync_to_disk(path.parent)
+
+
+def sync_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -109,11 +175,52 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 def replace_folder(temporary: Path, folder: Path) -> None:
     """Make the finished folder `temporary` appear as `folder` in one step."""
     for path in (*temporary.rglob("*"), temporary):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        sync_to_disk(path)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
+    sync_to_disk(folder.parent)
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """A full disk, or one that went away, ends a run in one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunFailure(f"cannot write to {folder}: {one_line(error)}") from error
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    sums = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != "checksums.json":
+            with open(path, "rb") as file:
+                sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, if anything is."""
+    try:
+        expected = json.loads((folder / "checksums.json").read_text())
+        found = checksums(folder)
+    except (OSError, ValueError) as error:
+        return one_line(error)
+    differing = [name for name in expected if found.get(name) != expected[name]]
+    return f"{', '.join(differing)} missing or changed" if differing else None
+
+
+def lock_folder(folder: Path) -> io.TextIOBase:
+    """A lock that lasts as long as the returned file is open, and no longer than its process."""
+    file = open(folder / "lock", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UserError(
+            f"another process is writing to {folder}; wait for it, or choose another --output_dir"
+        ) from None
+    return file
 
 
 def environment() -> dict[str, str]:
@@ -130,6 +237,7 @@ def environment() -> dict[str, str]:
 
 # These say how a run is watched, not what it computes: they may differ when it is resumed.
 FREE = {"environment", "output_dir", "track", "checkpoint_every", "keep_checkpoints"}
+FREE |= {"skip_nonfinite", "vllm_gpu_memory", "enforce_eager"}
 
 
 def claim_folder(folder: Path, config: dict[str, object]) -> dict[str, object]:
@@ -171,6 +279,7 @@ class Progress:
     cursor: int = 0  # prompts drawn from the training stream
     generated_tokens: int = 0
     verifier_calls: int = 0  # label uses, where the verdicts are the reward; monitoring elsewhere
+    skipped_updates: int = 0  # whose loss or gradient was not finite
     seconds: float = 0.0
 
     def add_step(self, rollouts: list) -> None:
@@ -215,6 +324,7 @@ class Run:
         has_wandb = importlib.util.find_spec("wandb") is not None
         check(has_wandb or not args.track, "--track needs Weights & Biases: pip install wandb")
         config = claim_folder(self.folder, {"script": self.script, **vars(args), **fingerprint})
+        self._lock = lock_folder(self.folder)
         self.progress = Progress()
         self.finished = (self.folder / "manifest.json").exists()
         if self.finished:
@@ -226,6 +336,8 @@ class Run:
         if self.checkpoint:
             self.progress = Progress(**json.loads((self.checkpoint / "progress.json").read_text()))
             print(f"resuming {self.folder} after step {self.progress.step}")
+        self._completed = dataclasses.replace(self.progress)  # as of the last completed step
+        self._saved_step, self._between_updates = self.progress.step, True
         self._drop_metrics_after(self.progress.step)
         self._board = SummaryWriter(self.folder / "tensorboard", purge_step=self.progress.step + 1)
         self._wandb = None
@@ -246,22 +358,35 @@ class Run:
         )
 
     def _newest_checkpoint(self) -> Path | None:
-        steps = self._steps()
-        return self.folder / "checkpoints" / f"step_{steps[-1]}" if steps else None
+        """The newest one that is whole; damaged ones are put aside."""
+        for step in reversed(self._steps()):
+            path = self.folder / "checkpoints" / f"step_{step}"
+            problem = damage(path)
+            if problem is None:
+                return path
+            print(f"warning: {path} is damaged ({problem}); going back", file=sys.stderr)
+            aside = path.with_name(f"damaged_{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
+        return None
 
     def save_checkpoint(self, model, optimizer) -> None:
-        """Model, optimizer and progress after `progress.step`; older ones than the last K are
-        removed afterwards."""
-        folder = self.folder / "checkpoints" / f"step_{self.progress.step}"
+        """Model, optimizer and progress after the last completed step; older ones than the last K
+        are removed afterwards."""
+        step = self._completed.step
+        folder = self.folder / "checkpoints" / f"step_{step}"
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary)
-        save_file(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
-        save_file({"cpu": torch.get_rng_state()}, temporary / "rng.safetensors")
-        write_json(temporary / "progress.json", dataclasses.asdict(self.progress))
-        replace_folder(temporary, folder)
-        for step in self._steps()[: -self.args.keep_checkpoints]:
-            shutil.rmtree(self.folder / "checkpoints" / f"step_{step}")
+        with writing(folder):
+            model.save_pretrained(temporary)
+            save_file(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+            save_file({"cpu": torch.get_rng_state()}, temporary / "rng.safetensors")
+            write_json(temporary / "progress.json", dataclasses.asdict(self._completed))
+            write_json(temporary / "checksums.json", checksums(temporary))
+            replace_folder(temporary, folder)
+        self._saved_step = step
+        for old in self._steps()[: -self.args.keep_checkpoints]:
+            shutil.rmtree(self.folder / "checkpoints" / f"step_{old}")
 
     def restore(self, model, optimizer) -> None:
         """Optimizer and RNG state of the checkpoint that is resumed, if one is. The model was
@@ -272,19 +397,66 @@ class Run:
             )
             torch.set_rng_state(load_file(self.checkpoint / "rng.safetensors")["cpu"])
 
-    # --- logs ---
+    # --- the loop ---
 
-    def log(self, metrics: dict[str, float], rollouts: list) -> None:
-        """One step's metrics and sampled completions."""
+    @contextlib.contextmanager
+    def guard(self, model, optimizer) -> Iterator[None]:
+        """Around the training loop: if a signal or a failure ends it while the model is that of the
+        last completed step, this step is saved."""
+        STOP.in_loop = True
+        try:
+            yield
+        except (Stopped, RunFailure):
+            if self._between_updates and self._completed.step > self._saved_step:
+                self.save_checkpoint(model, optimizer)
+            raise
+        finally:
+            STOP.in_loop = False
+
+    def _obey_signal(self) -> None:
+        if STOP.number is not None:
+            raise Stopped(STOP.number, f" after step {self._completed.step}")
+
+    def begin_update(self) -> None:
+        """The phase boundary before the weights change."""
+        self._obey_signal()
+        self._between_updates = False
+
+    def is_finite(self, loss: float, grad_norm: float, rollouts: list) -> bool:
+        """Whether to take this update. One that is not finite ends the run, its batch saved, or is
+        counted and left out with --skip_nonfinite."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return True
+        path = self.folder / f"nonfinite_step_{self.progress.step + 1}.jsonl"
+        with writing(self.folder):
+            write_jsonl(path, [rollout.row() for rollout in rollouts])
+        if not self.args.skip_nonfinite:
+            raise RunFailure(
+                f"step {self.progress.step + 1}: loss {loss}, gradient norm {grad_norm}; its batch "
+                f"is in {path}; --skip_nonfinite leaves such updates out"
+            )
+        self.progress.skipped_updates += 1
+        return False
+
+    def end_step(self, metrics: dict[str, float], rollouts: list, model, optimizer) -> None:
+        """Log one step's metrics and sampled completions, save it if it is time, obey a signal."""
         step = self.progress.step
         self.progress.seconds += metrics["time/step"]
-        write_jsonl(self.folder / "rollouts" / f"step_{step}.jsonl", [r.row() for r in rollouts])
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step} | metrics) + "\n")
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+        metrics = metrics | {"optim/skipped": self.progress.skipped_updates}
+        row = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no nan
+        with writing(self.folder):
+            rows = [rollout.row() for rollout in rollouts]
+            write_jsonl(self.folder / "rollouts" / f"step_{step}.jsonl", rows)
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step} | row) + "\n")
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
         if self._wandb:
             self._wandb.log(metrics, step=step)
+        self._completed, self._between_updates = dataclasses.replace(self.progress), True
+        if self.args.checkpoint_every and step % self.args.checkpoint_every == 0:
+            self.save_checkpoint(model, optimizer)
+        self._obey_signal()
 
     def _drop_metrics_after(self, step: int) -> None:
         path = self.folder / "metrics.jsonl"
@@ -300,16 +472,15 @@ class Run:
         """Save the final model; then, last of all, the manifest."""
         temporary = self.folder / "final.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        replace_folder(temporary, self.folder / "final")
-        self._board.close()
+        manifest = {"script": self.script} | dataclasses.asdict(self.progress)
+        with writing(self.folder):
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            replace_folder(temporary, self.folder / "final")
+            self._board.close()
+            write_json(self.folder / "manifest.json", manifest)
         if self._wandb:
             self._wandb.finish()
-        write_json(
-            self.folder / "manifest.json",
-            {"script": self.script} | dataclasses.asdict(self.progress),
-        )
         print(
             f"finished {self.folder}: {self.progress.step} steps in {self.progress.seconds:.0f} s"
         )

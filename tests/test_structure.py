@@ -94,7 +94,9 @@ def test_metrics_are_documented_once_and_all():
     rows = re.findall(r"^\| `([a-z]+/[a-z_]+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert len(rows) == len(set(rows))
     code = "".join(source(m) for m in TRAINERS)
-    code += "".join((ROOT / "common" / f"{n}.py").read_text() for n in ("rollout", "logprob"))
+    code += "".join(
+        (ROOT / "common" / f"{n}.py").read_text() for n in ("rollout", "logprob", "run")
+    )
     prefixes = "rollout|loss|policy|optim|sync|time|eval"
     assert set(re.findall(rf'"((?:{prefixes})/[a-z_]+)"', code)) <= set(rows)
 

@@ -1,0 +1,367 @@
+"""Kills, damaged files, full disks, signals: pytest -m faults. KILLS=500 pytest -m faults for more.
+
+What is promised: a resumed run ends with the weights and the metrics of the uninterrupted one, to
+the bit (here: one machine, one thread).
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import SEED
+
+from common.run import ROOT
+
+pytestmark = pytest.mark.faults
+KILLS = int(os.environ.get("KILLS", "51"))
+SIZES = ["--prompts_per_step", "4", "--group_size", "4", "--max_new_tokens", "16"]
+SMALL = [*SIZES, "--warmup_steps", "1", "--num_steps", "6", "--checkpoint_every", "2"]
+TRAINERS = {
+    "grpo": [*SMALL, "--dynamic_sampling", "--num_minibatches", "2", "--eval_every", "3"],
+    "opd": SMALL,
+    "fkl_warmup": SMALL,
+}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+
+
+class Server:
+    def __init__(self, log: Path):
+        command = [sys.executable, str(ROOT / "tests" / "fork_server.py")]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(command, **pipes, text=True, env=ENVIRONMENT, cwd=ROOT)
+        self.log = log
+
+    def run(self, script: str, folder: Path, fault=None, flags=()) -> int:
+        """The exit code; that of a killed child is negative."""
+        flags = [*TRAINERS[script], *flags, "--output_dir", str(folder)]
+        job = {"script": script, "flags": flags, "log": str(self.log), "fault": fault}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server") / "log")
+    yield server
+    server.process.stdin.close()
+    server.process.wait()
+
+
+@pytest.fixture(scope="module")
+def whole(server, tmp_path_factory):
+    """Each trainer's uninterrupted run."""
+    root = tmp_path_factory.mktemp("whole")
+    for script in TRAINERS:
+        assert server.run(script, root / script) == 0, server.output()
+    return root
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = map(json.loads, lines)
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def same_end(folder: Path, whole: Path) -> None:
+    weights = [(run / "final" / "model.safetensors").read_bytes() for run in (folder, whole)]
+    assert weights[0] == weights[1]
+    assert metrics_of(folder) == metrics_of(whole)  # each step once
+    for step in range(1, 7):
+        name = f"rollouts/step_{step}.jsonl"
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    manifests = [json.loads((run / "manifest.json").read_text()) for run in (folder, whole)]
+    assert [{**m, "seconds": 0} for m in manifests][0] == {**manifests[1], "seconds": 0}
+
+
+def random_fault(rng: random.Random) -> tuple[str, float]:
+    site = rng.choice(["time", "generate", "update", "disk", "optimizer file"])
+    most = {"generate": 60, "update": 8, "disk": 30, "optimizer file": 5}
+    return site, rng.uniform(0.1, 2.5) if site == "time" else rng.randint(1, most[site])
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_killed_runs_end_like_the_uninterrupted_one(script, server, whole, tmp_path):
+    seed = f"{SEED}-{script}"
+    print(f"seed: {seed}")
+    rng, kills, runs, sites = random.Random(seed), 0, 0, set()
+    while kills < KILLS / 3:
+        folder, faults = tmp_path / f"run_{runs}", []
+        while True:
+            faults.append(random_fault(rng))
+            code = server.run(script, folder, faults[-1])
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL, (faults, server.output())
+            kills += 1
+            sites.add(faults[-1][0])
+            if len(faults) == 6:  # enough for one run
+                assert server.run(script, folder) == 0, (faults, server.output())
+                break
+        runs += 1
+        same_end(folder, whole / script)
+        shutil.rmtree(folder)
+    print(f"{kills} kills in {runs} runs, at {sorted(sites)}")
+    assert len(sites) == 5
+
+
+@pytest.fixture(scope="module")
+def cut(server, tmp_path_factory):
+    """A run that was killed in step 5, with checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("cut") / "run"
+    assert server.run("opd", folder, ("update", 5)) == -signal.SIGKILL
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"step_2", "step_4"}
+    return folder
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "remove"])
+def test_a_damaged_checkpoint_is_put_aside(harm, server, whole, cut, tmp_path):
+    files = sorted(p.name for p in (cut / "checkpoints" / "step_4").iterdir())
+    assert {"model.safetensors", "optimizer.safetensors", "checksums.json"} <= set(files)
+    for name in files:
+        folder = tmp_path / name
+        shutil.copytree(cut, folder)
+        path = folder / "checkpoints" / "step_4" / name
+        content = bytearray(path.read_bytes())
+        if harm == "remove":
+            path.unlink()
+        elif harm == "truncate":
+            path.write_bytes(content[: len(content) // 2])
+        else:
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+        assert server.run("opd", folder) == 0, (name, server.output())
+        assert "step_4 is damaged" in server.output()
+        assert "after step 2" in server.output()
+        same_end(folder, whole / "opd")
+
+
+def test_no_whole_checkpoint_starts_over(server, whole, cut, tmp_path):
+    shutil.copytree(cut, tmp_path / "run")
+    for step in (2, 4):
+        (tmp_path / "run" / "checkpoints" / f"step_{step}" / "model.safetensors").write_bytes(b"")
+    assert server.run("opd", tmp_path / "run") == 0
+    same_end(tmp_path / "run", whole / "opd")
+
+
+def test_a_half_written_checkpoint_is_no_checkpoint(server, whole, cut, tmp_path):
+    shutil.copytree(cut, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "step_4").rename(checkpoints / "step_6.tmp")
+    assert server.run("opd", tmp_path / "run") == 0
+    assert "after step 2" in server.output()
+    same_end(tmp_path / "run", whole / "opd")
+
+
+def one_line(output: str, begins: str) -> str:
+    lines = [line for line in output.replace("\r", "\n").splitlines() if line.startswith(begins)]
+    assert "Traceback" not in output
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_a_full_disk(server, whole, tmp_path):
+    """No file may pass 100 kB: the first checkpoint cannot be written."""
+    folder = tmp_path / "run"
+    assert server.run("opd", folder, ("file size", 100_000)) == 1
+    message = one_line(server.output(), "error: ")
+    assert "cannot write to" in message
+    assert "the same command goes on" in message
+    assert not list((folder / "checkpoints").glob("step_?"))
+    assert server.run("opd", folder) == 0, server.output()
+    same_end(folder, whole / "opd")
+
+
+def test_a_full_tmpfs(server, whole, tmp_path):
+    mount = tmp_path / "small"
+    mount.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(mount)]
+    try:
+        done = subprocess.run(["mount", *options], capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("no mount here")
+    if done.returncode != 0:
+        pytest.skip("this machine lets us mount nothing")
+    try:
+        assert server.run("opd", mount / "run", flags=["--keep_checkpoints", "3"]) == 1
+        assert "No space left on device" in one_line(server.output(), "error: ")
+        shutil.copytree(mount / "run", tmp_path / "run")
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+    assert server.run("opd", tmp_path / "run", flags=["--keep_checkpoints", "3"]) == 0
+    same_end(tmp_path / "run", whole / "opd")
+
+
+def test_an_engine_that_dies_loses_nothing(server, whole, tmp_path):
+    """In the generation of step 4, after a checkpoint at 2: the third step is saved."""
+    for script, calls in (("opd", 4), ("fkl_warmup", 4)):
+        folder = tmp_path / script
+        assert server.run(script, folder, ("engine", calls)) == 1
+        assert "the engine has died" in one_line(server.output(), "error: ")
+        assert server.run(script, folder) == 0
+        assert "after step 3" in server.output()
+        same_end(folder, whole / script)
+
+
+# Teacher and student compute hidden states once a step (one micro-batch): the fifth is of step 3.
+NAN = 5
+
+
+def test_a_loss_that_is_not_finite(server, whole, tmp_path):
+    assert server.run("opd", tmp_path / "run", ("nan", NAN)) == 1
+    message = one_line(server.output(), "error: ")
+    assert "step 3: loss nan" in message
+    assert "--skip_nonfinite" in message
+    batch = (tmp_path / "run" / "nonfinite_step_3.jsonl").read_text().splitlines()
+    assert len(batch) == 16
+    assert server.run("opd", tmp_path / "run") == 0  # without the fault it is the same run
+    same_end(tmp_path / "run", whole / "opd")
+    assert server.run("opd", tmp_path / "skip", ("nan", NAN), ["--skip_nonfinite"]) == 0
+    rows = metrics_of(tmp_path / "skip")
+    assert [row["optim/skipped"] for row in rows] == [0, 0, 1, 1, 1, 1]
+    assert rows[2]["loss/total"] is None
+    assert "NaN" not in (tmp_path / "skip" / "metrics.jsonl").read_text()
+
+
+# === signals ===
+
+
+def begin(script: str, folder: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / f"{script}.py"), *flags, "--output_dir", str(folder)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True, env=ENVIRONMENT)
+
+
+def wait_for_steps(folder: Path, count: int) -> None:
+    for _ in range(600):
+        path = folder / "metrics.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= count:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{folder} has not come to step {count}")
+
+
+LONG = [*SIZES, "--num_steps", "4000", "--checkpoint_every", "0", "--warmup_steps", "1"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_last_completed_step(number, tmp_path):
+    folder = tmp_path / "run"
+    process = begin("grpo", folder, *LONG)
+    wait_for_steps(folder, 3)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    steps = len(metrics_of(folder))
+    message = one_line(errors, "stopped by ")
+    assert message == f"stopped by {number.name} after step {steps}; the same command goes on"
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step_{steps}"]
+    process = begin("grpo", folder, *LONG)
+    wait_for_steps(folder, steps + 2)
+    process.kill()
+    output, _ = process.communicate()
+    assert f"after step {steps}" in output
+    assert [row["step"] for row in metrics_of(folder)][: steps + 2] == list(range(1, steps + 3))
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    folder = tmp_path / "run"
+    flags = ["--num_steps", "9", "--prompts_per_step", "512", "--learning_rate", "1e-4"]
+    process = begin("grpo", folder, *flags)  # a long generation
+    while not (folder / "checkpoints").exists():
+        time.sleep(0.1)
+    time.sleep(2)
+    process.terminate()
+    time.sleep(0.3)
+    began = time.perf_counter()
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert time.perf_counter() - began < 2
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    folder = tmp_path / "run"
+    first = begin("grpo", folder, *LONG)
+    wait_for_steps(folder, 1)
+    second = begin("grpo", folder, *LONG)
+    _, errors = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert "another process is writing to" in one_line(errors, "error: ")
+    first.kill()
+    first.communicate()
+
+
+# === the workflow ===
+
+TINY = [*SIZES, "--num_steps", "2", "--num_samples", "2", "--num_problems", "8"]
+
+
+def finish(folder: Path) -> None:
+    """Continue until it is done; a stage that outlived its killed parent holds its lock a while."""
+    for _ in range(20):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "bridge.py"), *TINY, "--output_dir", str(folder)],
+            capture_output=True,
+            text=True,
+            env=ENVIRONMENT,
+        )
+        if done.returncode == 0:
+            return
+        assert "another process is writing" in done.stderr, done.stderr
+        time.sleep(1)
+    raise AssertionError(done.stderr)
+
+
+def test_the_workflow_killed_in_each_stage(tmp_path):
+    """Killed some random time after each stage began, continued each time; ends like one that was
+    not killed."""
+    print(f"seed: {SEED}")
+    rng, folder, killed = random.Random(SEED), tmp_path / "killed", []
+    finish(tmp_path / "whole")
+    while True:
+        process = begin("bridge", folder, *TINY)
+        process.stderr.close()
+        for line in process.stdout:
+            name = line.removeprefix("# ").strip()
+            if line.startswith("# ") and "finished before" not in line and name not in killed:
+                time.sleep(rng.uniform(0, 5))
+                process.kill()
+                killed.append(name)
+                break
+        process.stdout.close()
+        process.wait()
+        time.sleep(0.5)
+        if process.returncode == 0 or len(killed) == 12:
+            break
+    finish(folder)
+    assert len(killed) == 12
+    whole = tmp_path / "whole" / "seed_0"
+    for path in whole.rglob("model.safetensors"):
+        if path.parent.name == "final":
+            twin = folder / "seed_0" / path.relative_to(whole)
+            assert twin.read_bytes() == path.read_bytes(), path
+
+
+def test_a_signal_to_the_workflow_reaches_its_stage(tmp_path):
+    folder = tmp_path / "run"
+    process = begin("bridge", folder, *TINY, "--num_steps", "4000")
+    stage = folder / "seed_0" / "teacher_grpo"
+    wait_for_steps(stage, 2)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    one_line(errors, "stopped by SIGTERM")
+    steps = len(metrics_of(stage))
+    assert [p.name for p in (stage / "checkpoints").iterdir()] == [f"step_{steps}"]
+    assert not (folder / "seed_0" / "fkl_warmup").exists()
