@@ -114,6 +114,13 @@ def _read_rows(source: str) -> list[dict]:
         raise UserError(message) from error
 
 
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    """json keeps the last of two equal keys and says nothing."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a column stands twice")
+    return dict(pairs)
+
+
 def read_jsonl(path: Path) -> list[dict]:
     check(path.is_file(), f"dataset file {path} does not exist")
     rows = []
@@ -121,7 +128,7 @@ def read_jsonl(path: Path) -> list[dict]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    rows.append(json.loads(line.decode()))
+                    rows.append(json.loads(line.decode(), object_pairs_hook=_unique_keys))
                 except ValueError as error:  # JSON or UTF-8
                     raise UserError(f"{path}, line {number}: not JSON ({error})") from error
                 check(isinstance(rows[-1], dict), f"{path}, line {number}: not a JSON object")

@@ -61,7 +61,8 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, logprobs_grad, entropy_grad):
         logits, *rest = ctx.saved_tensors
         backward = _backward_triton if logits.is_cuda and triton else _backward_torch
-        out = logits if ctx.overwrite else torch.empty_like(logits)
+        # Detached: a gradient that is its own leaf is never freed.
+        out = logits.detach() if ctx.overwrite else torch.empty_like(logits)
         backward(logits, *rest, logprobs_grad, entropy_grad, ctx.temperature, out)
         return out, None, None, None
 

@@ -208,3 +208,22 @@ def test_the_gradient_may_overwrite_the_logits():
     (grad,) = torch.autograd.grad(token_logprobs(leaf, tokens, 1.0, True)[0].sum(), leaf)
     torch.testing.assert_close(grad, expected)
     assert grad.data_ptr() == leaf.data_ptr()
+
+
+def test_overwritten_logits_are_freed():
+    """They once were not: 150 MB stayed behind at each micro-batch of a vocabulary of 152k."""
+    from common.logprob import token_logprobs
+
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        pytest.skip("needs Linux")
+
+    def resident() -> int:
+        for _ in range(5):
+            leaf = torch.randn(64, 150_000).requires_grad_()  # 38 MB
+            tokens = torch.zeros(64, dtype=torch.long)
+            torch.autograd.grad(token_logprobs(leaf, tokens, 1.0, True)[0].sum(), leaf)
+        return int(statm.read_text().split()[1]) * 4096
+
+    resident()
+    assert resident() - resident() > -100e6

@@ -185,6 +185,23 @@ CASES = [(script, *case) for script in TRAINERS for case in BAD] + [
     ("evaluate", "--model no/such/model", "neither a local folder nor a hub id"),
     ("evaluate", "--top_p 0", "--top_p is 0"),
     ("evaluate", "--max_prompt_tokens 5", "over --max_prompt_tokens"),
+    ("opd", "--num_steps many", "many"),
+    ("opd", "--lr_schedule triangular", "triangular"),
+    ("opd", "--no_such_flag 1", "no_such_flag"),
+    ("evaluate", "--num_samples 2.5", "2.5"),
+    ("bridge", "--seed one", "one"),
+    ("opd", "--dataset broken.jsonl", "broken.jsonl, line 3"),
+    ("opd", "--dataset latin.jsonl", "latin.jsonl"),
+    ("opd", "--dataset twice.jsonl", "twice.jsonl, line 1: not JSON (a column stands twice)"),
+    ("opd", "--dataset unanswered.jsonl", "unanswered.jsonl"),
+    ("opd", "--dataset huge.jsonl", "every prompt is over --max_prompt_tokens 128"),
+    ("opd", "--dataset table.parquet", "table.parquet"),
+    ("opd", "--dataset good.jsonl --problem_column nothing", "nothing"),
+    ("grpo", "--clip_low -0.1", "--clip_low is -0.1"),
+    ("grpo", "--kl_coef inf", "--kl_coef is inf"),
+    ("grpo", "--backend vllm --vllm_gpu_memory 2", "--vllm_gpu_memory is 2.0"),
+    ("evaluate", "--temperature -1", "--temperature is -1.0"),
+    ("evaluate", "--benchmarks good.jsonl folder/good.jsonl", "one file name"),
     ("bridge", "--teacher other", "set --student"),
     ("bridge", "--num_steps 0", "--num_steps is 0; it must be above 0"),
 ]
@@ -196,6 +213,16 @@ def bad_inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     (folder / "columns.jsonl").write_text('{"text": "1+1", "label": "2"}\n')
     (folder / "empty.jsonl").write_text("")
+    good = '{"problem": "1+1", "answer": "2"}\n'
+    (folder / "good.jsonl").write_text(good)
+    (folder / "broken.jsonl").write_text(good * 2 + '{"problem": "1+1", "ans\n' + good)
+    (folder / "latin.jsonl").write_bytes('{"problem": "\u00e9", "answer": "2"}\n'.encode("latin-1"))
+    (folder / "twice.jsonl").write_text('{"problem": "1+1", "answer": "2", "answer": "3"}\n')
+    (folder / "unanswered.jsonl").write_text(good + '{"problem": "1+2", "answer": null}\n')
+    (folder / "huge.jsonl").write_text(json.dumps({"problem": "1+" * 10**6, "answer": "2"}))
+    (folder / "table.parquet").write_bytes(b"PAR1 and nothing more")
+    (folder / "folder").mkdir()
+    (folder / "folder" / "good.jsonl").write_text(good)
     (folder / "occupied").mkdir()
     (folder / "occupied" / "thesis.txt").write_text("mine")
     for name in ("copy", "other"):
