@@ -219,9 +219,10 @@ def micro_batches(rollouts: list[Rollout], size: int, device: torch.device) -> I
 def backward(model, teacher, rollouts: list[Rollout], args: Args) -> dict[str, float]:
     """Add the gradients of one optimizer step to .grad; returns its metrics, means over tokens."""
     dtype, denominator = DTYPES[args.dtype], sum(len(row.completion_ids) for row in rollouts)
+    teacher_head = None if teacher is None else logprob.head_weight(teacher, dtype)
 
     def chunk_loss(logits: torch.Tensor, teacher_hidden: torch.Tensor | None, tokens: torch.Tensor):
-        teacher_logits = None if teacher is None else logprob.head_logits(teacher_hidden, teacher)
+        teacher_logits = None if teacher is None else teacher_hidden @ teacher_head.T
         return loss_fn(logits, teacher_logits, tokens, args)
 
     sums = {"loss": 0.0}

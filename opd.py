@@ -241,9 +241,10 @@ def micro_batches(rollouts: list[Rollout], size: int, device: torch.device) -> I
 def backward(model, teacher, rollouts: list[Rollout], args: Args) -> dict[str, float]:
     """Add the gradients of one optimizer step to .grad; returns its metrics, means over tokens."""
     dtype, denominator = DTYPES[args.dtype], sum(len(row.completion_ids) for row in rollouts)
+    teacher_head = logprob.head_weight(teacher, dtype)
 
     def chunk_loss(logits: torch.Tensor, teacher_hidden: torch.Tensor, tokens: torch.Tensor):
-        return loss_fn(logits, logprob.head_logits(teacher_hidden, teacher), tokens, args)
+        return loss_fn(logits, teacher_hidden @ teacher_head.T, tokens, args)
 
     sums = {"loss": 0.0}
     for batch in micro_batches(rollouts, args.micro_batch_size, model.device):

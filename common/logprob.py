@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import Callable
 
 import torch
+from torch.distributed.tensor import DTensor, Partial
 
 try:
     import triton
@@ -284,9 +285,11 @@ def hidden_states(
     return output.last_hidden_state[mask].to(dtype)
 
 
-def head_logits(hidden: torch.Tensor, model) -> torch.Tensor:
-    """Logits [C, V] of a chunk of hidden states [C, D], in their dtype."""
-    return hidden @ model.get_output_embeddings().weight.detach().to(hidden.dtype).T
+def head_weight(model, dtype: torch.dtype) -> torch.Tensor:
+    """The head [V, D], without gradient. A sharded one is gathered: call this outside the loop over
+    chunks, whose number may differ between ranks."""
+    weight = model.get_output_embeddings().weight.detach().to(dtype)
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 @torch.no_grad()
@@ -294,8 +297,9 @@ def head_logprobs(
     hidden: torch.Tensor, model, tokens: torch.Tensor, temperature: float, chunk_size: int
 ) -> torch.Tensor:
     """Log-probs of tokens [N] from hidden states [N, D], in chunks and without gradient -> [N]."""
+    weight = head_weight(model, hidden.dtype)
     chunks = zip(hidden.split(chunk_size), tokens.split(chunk_size), strict=True)
-    return torch.cat([token_logprobs(head_logits(h, model), t, temperature)[0] for h, t in chunks])
+    return torch.cat([token_logprobs(h @ weight.T, t, temperature)[0] for h, t in chunks])
 
 
 def head_backward(
@@ -313,14 +317,17 @@ def head_backward(
     nothing depends on the chunk size. Returns the summed metrics, and the summed loss as "loss".
 
     Memory beyond the body's: one chunk's tensors, the hidden gradient [N, D], and the head's .grad,
-    which is added to in place (a fresh [V, D] for each chunk would cost more than is saved).
+    which is added to in place (a fresh [V, D] for each chunk would cost more than is saved). Of a
+    sharded head (FSDP2) the whole is gathered before the loop and its gradient, summed over ranks,
+    scattered after it: the loop itself has no collective.
     """
-    weight = model.get_output_embeddings().weight
+    weight, compute_weight = model.get_output_embeddings().weight, head_weight(model, hidden.dtype)
+    sharded = isinstance(weight, DTensor)
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
-    compute_weight = weight.detach().to(hidden.dtype)
+    total = torch.zeros_like(compute_weight, dtype=weight.dtype) if sharded else weight.grad
     leaf, hidden_grad = hidden.detach(), torch.empty_like(hidden)
-    room = leaf.new_empty(min(chunk_size, len(leaf)), len(weight))  # every chunk's logits in turn
+    room = leaf.new_empty(min(chunk_size, len(leaf)), len(total))  # every chunk's logits in turn
     sums: dict[str, float] = {}
     for first in range(0, len(hidden), chunk_size):
         chunk = slice(first, first + chunk_size)
@@ -330,10 +337,14 @@ def head_backward(
         loss_sum, metrics = loss_fn(logits, **sliced)
         (logits_grad,) = torch.autograd.grad(loss_sum / denominator, logits)
         hidden_grad[chunk] = logits_grad @ compute_weight
-        _add_product(weight.grad, logits_grad, leaf[chunk])
+        _add_product(total, logits_grad, leaf[chunk])
         for name, value in {"loss": loss_sum.detach(), **metrics}.items():
             sums[name] = sums.get(name, 0.0) + float(value)
         del logits, logits_grad, loss_sum  # else they would stand beside the next chunk's
+    if sharded:
+        mesh = weight.device_mesh
+        partial = DTensor.from_local(total, mesh, [Partial()] * mesh.ndim, run_check=False)
+        weight.grad += partial.redistribute(placements=weight.placements)
     hidden.backward(hidden_grad)
     return sums
 
@@ -347,6 +358,6 @@ def _add_product(total: torch.Tensor, logits_grad: torch.Tensor, hidden: torch.T
     if logits_grad.dtype == total.dtype:
         total.addmm_(logits_grad.T, hidden)
         return
-    for words in torch.arange(len(total)).split(16_384):
-        words = slice(words[0], words[-1] + 1)
+    for first in range(0, len(total), 16_384):
+        words = slice(first, first + 16_384)
         total[words] += logits_grad[:, words].T @ hidden

@@ -12,7 +12,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from common.logprob import head_logits, hidden_states
+from common.logprob import head_weight, hidden_states
 from common.run import ROOT, UserError, check, one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -104,7 +104,7 @@ def _check_head(model: PreTrainedModel, name: str) -> None:
         expected = model(input_ids=ids, use_cache=False).logits[0]
     hidden = hidden_states(model, ids, torch.ones_like(ids, dtype=torch.bool), model.dtype)
     same = torch.allclose(
-        head_logits(hidden, model).float(), expected.float(), rtol=0.05, atol=0.05
+        (hidden @ head_weight(model, model.dtype).T).float(), expected.float(), rtol=0.05, atol=0.05
     )
     check(
         same,

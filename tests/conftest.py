@@ -1,4 +1,6 @@
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from common.data import Problem, Prompt
 from common.model import load_tokenizer
 from common.rollout import Rollout, TorchEngine
+from common.run import ROOT
 from common.verifier import Verdict
 
 SEED = 20260512
@@ -76,3 +79,17 @@ def gradients(model) -> dict[str, torch.Tensor]:
     taken = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return taken
+
+
+def torchrun(code: str, folder, ranks: int = 2) -> str:
+    """What `code` prints under gloo ranks on this machine."""
+    (folder / "ranks.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*command, "--nproc_per_node", str(ranks), str(folder / "ranks.py")],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -1,13 +1,12 @@
 """What of the vLLM backend needs no vLLM: choosing it, the order of its calls, gathering weights.
 test_vllm.py has the real engine."""
 
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import prompt_of
+from conftest import prompt_of, torchrun
 
 import grpo
 from common import rollout as module
@@ -19,7 +18,7 @@ from common.rollout import (
     same_bits,
     stale_parameters,
 )
-from common.run import ROOT, RunFailure, UserError, start
+from common.run import RunFailure, UserError, start
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -303,20 +302,4 @@ dist.destroy_process_group()
 
 def test_a_sharded_model_is_gathered_whole(tmp_path):
     """Two gloo ranks, FSDP2, tied embeddings, sizes that do not divide by two."""
-    (tmp_path / "sharded.py").write_text(SHARDED)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--standalone",
-    ]
-    done = subprocess.run(
-        [*command, str(tmp_path / "sharded.py")],
-        capture_output=True,
-        text=True,
-        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "equal 24\n"
+    assert torchrun(SHARDED, tmp_path) == "equal 24\n"

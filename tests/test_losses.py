@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import gradients, tiny_model
+from conftest import gradients, tiny_model, torchrun
 
 import fkl_warmup
 import grpo
@@ -418,3 +418,50 @@ def test_no_gradient_reaches_an_unused_word(tokenizer, rollouts):
         logits_gradient_sum = logits_gradient_sum + (probabilities[:, None] * states).sum(0)
     count = sum(len(rollout.completion_ids) for rollout in others)
     torch.testing.assert_close(hidden_direction, logits_gradient_sum / count, atol=1e-6, rtol=1e-3)
+
+
+SHARDED = """
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from common.logprob import head_backward, head_logprobs, token_logprobs
+
+dist.init_process_group("gloo")
+rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
+
+class Model:
+    def __init__(self, weight):
+        self.weight = torch.nn.Parameter(weight)
+
+    def get_output_embeddings(self):
+        return self
+
+def loss_fn(logits, tokens):
+    logprobs, entropy = token_logprobs(logits, tokens)
+    return (-logprobs + 0.1 * entropy).sum(), {"entropy": entropy.detach().sum()}
+
+generator = torch.Generator().manual_seed(0)
+weight = torch.randn(101, 8, generator=generator)
+hidden = [torch.randn(n, 8, generator=generator) for n in (30, 7)]  # 8 chunks and 2
+tokens = [torch.randint(101, (len(h),), generator=generator) for h in hidden]
+plain = Model(weight.clone())
+for h, t in zip(hidden, tokens):
+    head_backward(h.clone().requires_grad_(), plain, loss_fn, {"tokens": t}, 37.0, 4)
+sharded = Model(distribute_tensor(weight.clone(), mesh, [Shard(0)]))
+mine = hidden[rank].clone().requires_grad_()
+for _ in range(2):  # a second micro-batch adds to the first
+    head_backward(mine, sharded, loss_fn, {"tokens": tokens[rank]}, 74.0, 4)
+torch.testing.assert_close(sharded.weight.grad.full_tensor(), plain.weight.grad)
+torch.testing.assert_close(
+    head_logprobs(hidden[rank], sharded, tokens[rank], 1.0, 4),
+    head_logprobs(hidden[rank], plain, tokens[rank], 1.0, 4),
+)
+if rank == 0:
+    print("equal")
+dist.destroy_process_group()
+"""
+
+
+def test_a_sharded_head(tmp_path):
+    """Two gloo ranks with unequal numbers of chunks, a vocabulary that does not divide by two."""
+    assert torchrun(SHARDED, tmp_path) == "equal\n"
