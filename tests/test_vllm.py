@@ -163,8 +163,6 @@ def test_seeds(engine, tokenizer):
 
 def test_samples_follow_the_distribution(engine, student, tokenizer):
     """First tokens of 4,000 samples at temperature 2 against transformers' probabilities."""
-    from scipy.stats import chisquare
-
     ids, count = prompt_ids(tokenizer, 10), 4000
     rows = engine.generate([ids], count, max_new_tokens=1, temperature=2.0, seed=(SEED,))
     with torch.no_grad():
@@ -177,7 +175,9 @@ def test_samples_follow_the_distribution(engine, student, tokenizer):
     observed = torch.cat([counts[often], counts[~often].sum()[None]])
     expected = torch.cat([expected[often], expected[~often].sum()[None]])
     expected = expected * count / expected.sum()
-    assert chisquare(observed.numpy(), expected.numpy()).pvalue > 1e-4
+    freedom = len(expected) - 1
+    statistic = ((observed - expected) ** 2 / expected).sum().item()
+    assert abs(statistic - freedom) < 5 * (2 * freedom) ** 0.5  # nor too good to be random
 
 
 def test_every_eos_id_ends_a_completion_and_belongs_to_it(tokenizer):
