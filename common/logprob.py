@@ -249,19 +249,13 @@ def transfer_metrics(logq: torch.Tensor, logp: torch.Tensor) -> dict[str, torch.
     k = min(16, logq.shape[-1])
     top, teacher_top = logq.topk(k).indices, logp.topk(k).indices
     shared = (top[:, :, None] == teacher_top[:, None]).any(-1)
-    q = logq.exp()
-    entropy, cross = (
-        -torch.vdot(q.flatten(), logq.flatten()),
-        -torch.vdot(q.flatten(), logp.flatten()),
-    )
-    p = torch.exp(logp, out=q)
-    teacher_entropy = -torch.vdot(p.flatten(), logp.flatten())
-    teacher_cross = -torch.vdot(p.flatten(), logq.flatten())
+    vecdot = torch.linalg.vecdot
+    entropy, teacher_entropy = -vecdot(logq.exp(), logq).sum(), -vecdot(logp.exp(), logp).sum()
     return {
         "policy/entropy": entropy,
         "policy/entropy_gap": entropy - teacher_entropy,
-        "policy/reverse_kl": cross - entropy,
-        "policy/forward_kl": teacher_cross - teacher_entropy,
+        "policy/reverse_kl": kl_divergence(logq, logp).sum(),
+        "policy/forward_kl": kl_divergence(logp, logq).sum(),
         "policy/topk_overlap": shared.float().mean(-1).sum(),
     }
 
@@ -285,11 +279,16 @@ def hidden_states(
     return output.last_hidden_state[mask].to(dtype)
 
 
+def full_weight(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A parameter in `dtype`, without gradient; a sharded one is gathered."""
+    weight = parameter.detach().to(dtype)
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
 def head_weight(model, dtype: torch.dtype) -> torch.Tensor:
     """The head [V, D], without gradient. A sharded one is gathered: call this outside the loop over
     chunks, whose number may differ between ranks."""
-    weight = model.get_output_embeddings().weight.detach().to(dtype)
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+    return full_weight(model.get_output_embeddings().weight, dtype)
 
 
 @torch.no_grad()

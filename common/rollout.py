@@ -19,12 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicLayer, GenerationConfig
 
 from common.data import Problem, Prompt, read_jsonl
-from common.logprob import autocast, head_logprobs, hidden_states
+from common.logprob import autocast, full_weight, head_logprobs, hidden_states
 from common.model import DTYPES
 from common.run import RunFailure, UserError, check, one_line
 from common.verifier import OUTCOMES, Verdict, Verifier
@@ -483,11 +482,6 @@ def full_weights(model, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]
     gathered parameter by parameter, never at once. Tied ones come once."""
     for name, parameter in model.named_parameters():
         yield name, full_weight(parameter, dtype)
-
-
-def full_weight(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    weight = parameter.detach().to(dtype)
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def stale_parameters(engine, model, dtype: torch.dtype) -> tuple[list[str], int]:
