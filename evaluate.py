@@ -1,21 +1,28 @@
-r"""Evaluate a model: avg@k and unbiased pass@j, with intervals over problems.
+r"""Evaluate a model: avg@k, unbiased pass@j and maj@k, with intervals over problems.
 
 For each problem k completions are sampled and graded by the verifier that training uses.
 
     avg@k   mean over problems of the share of its samples that are right
     pass@j  mean over problems of 1 - C(k - c, j) / C(k, j), c of k right       (arXiv 2107.03374)
+    maj@k   mean over problems of whether the most frequent answer is right     (arXiv 2203.11171)
 
 Samples of one problem are not independent, so intervals come from resampling problems (a cluster
 bootstrap), never samples: more samples a problem cannot shrink them to nothing.
 
+A run that was cut off goes on where it stopped. OUTPUT_DIR gets results.json, every completion in
+samples/*.jsonl, and samples.html, where a person reads them with their verdicts.
+
     python evaluate.py                                                # the raw toy teacher
     python evaluate.py --model runs/grpo/final --benchmarks toy mine.jsonl --output_dir runs/eval
+    python evaluate.py --compare runs/eval runs/evaluate              # paired, problem by problem
     python evaluate.py --model Qwen/Qwen3-1.7B --benchmarks math500 aime24 aime25 --dtype bfloat16 \
         --temperature 0.7 --top_p 0.8 --top_k 20 --max_prompt_tokens 2048 --max_new_tokens 16384
 """
 
+import html
+import json
 import math
-import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import data
-from common.model import DTYPES, load_model, load_tokenizer, model_path, resolve_device
+from common.model import DTYPES, load_model, load_tokenizer, model_path
 from common.rollout import (
     Rollout,
     TorchEngine,
@@ -37,10 +44,16 @@ from common.run import (
     check,
     check_ranges,
     claim_folder,
+    gather,
+    join_ranks,
     lock_folder,
+    on_first_rank,
+    rank,
     start,
+    write_atomic,
     write_json,
     write_jsonl,
+    writing,
 )
 from common.verifier import Verifier
 
@@ -49,7 +62,9 @@ from common.verifier import Verifier
 class Args:
     # --- experiment ---
     output_dir: str = "runs/evaluate"
-    """where results.json and samples/ are written"""
+    """where results.json, samples/ and samples.html are written"""
+    compare: tuple[str, str] | None = None
+    """two finished output folders: print their paired differences and sample nothing"""
     seed: int = 0
     """seed of every sample"""
 
@@ -88,6 +103,8 @@ class Args:
     """share of the GPU's memory that vLLM may take"""
     enforce_eager: bool = False
     """vLLM without compilation and CUDA graphs: starts faster, samples slower"""
+    tensor_parallel: int = 1
+    """ranks in a row that share one vLLM, for models that do not fit one GPU"""
 
 
 # === statistics ===
@@ -105,7 +122,44 @@ def cluster_interval(values: list[float], seed: int = 0, draws: int = 10_000) ->
     return np.quantile(means, [0.025, 0.975]).tolist()
 
 
-def summarise(rollouts: list[Rollout], num_samples: int) -> dict[str, object]:
+def majority_votes(verifier: Verifier, rollouts: list[Rollout], num_samples: int) -> list[float]:
+    """Per problem, the probability that its most frequent answer is right, ties broken at random.
+
+    Right answers are one candidate; wrong ones that the verifier calls equal (1/2 and 0.5) are one.
+    An answer that it could not compare stands by its text; no answer is no vote.
+    """
+    groups = [rollouts[i : i + num_samples] for i in range(0, len(rollouts), num_samples)]
+    votes = [
+        Counter(
+            r.verdict.answer for r in group if r.verdict.outcome in ("wrong", "timeout", "crash")
+        )
+        for group in groups
+    ]
+    comparable = [
+        {r.verdict.answer for r in group if r.verdict.outcome == "wrong"} for group in groups
+    ]
+    pairs = [
+        (n, first, second)
+        for n, answers in enumerate(votes)
+        for i, first in enumerate(answers)
+        for second in list(answers)[i + 1 :]
+        if {first, second} <= comparable[n]
+    ]
+    verdicts = verifier.compare([second for *_, second in pairs], [first for _, first, _ in pairs])
+    equal = {pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.correct}
+    for n, first, second in pairs:
+        if (n, first, second) in equal and first in votes[n] and second in votes[n]:
+            votes[n][first] += votes[n].pop(second)
+    shares = []
+    for group, wrong in zip(groups, votes, strict=True):
+        right = sum(r.verdict.correct for r in group)
+        rivals = sum(count == right for count in wrong.values())
+        wins = right > 0 and right >= max(wrong.values(), default=0)
+        shares.append(1 / (1 + rivals) if wins else 0.0)
+    return shares
+
+
+def summarise(rollouts: list[Rollout], votes: list[float], num_samples: int) -> dict[str, object]:
     """The numbers of one benchmark; the samples of a problem stand together."""
     correct = np.array([rollout.verdict.correct for rollout in rollouts]).reshape(-1, num_samples)
     counts = correct.sum(1).tolist()
@@ -118,22 +172,156 @@ def summarise(rollouts: list[Rollout], num_samples: int) -> dict[str, object]:
         "num_samples": num_samples,
         "accuracy": float(correct.mean()),
         "accuracy_interval": cluster_interval(correct.mean(1).tolist()),
+        "majority": float(np.mean(votes)),
+        "majority_interval": cluster_interval(votes),
         "pass_at": {j: float(np.mean(values)) for j, values in by_problem.items()},
         "pass_at_interval": {j: cluster_interval(by_problem[j]) for j in powers},
         "generated_tokens": sum(len(rollout.completion_ids) for rollout in rollouts),
         **rollout_metrics(rollouts),
+        "problems": [rollout.problem for rollout in rollouts[::num_samples]],
+        "correct_counts": counts,
+        "majority_votes": votes,
     }
+
+
+def paired_difference(a: dict, b: dict) -> dict[str, tuple[float, list[float]]]:
+    """Differences a - b of two results on the same problems, with intervals over problems."""
+    rates = [np.array(r["correct_counts"]) / r["num_samples"] for r in (a, b)]
+    votes = [np.array(r["majority_votes"]) for r in (a, b)]
+    names = [f"avg@{a['num_samples']}", f"maj@{a['num_samples']}"]
+    differences = [values[0] - values[1] for values in (rates, votes)]
+    return {
+        name: (float(difference.mean()), cluster_interval(difference.tolist()))
+        for name, difference in zip(names, differences, strict=True)
+    }
+
+
+def compare(folders: tuple[str, str]) -> None:
+    """Print the paired differences of two finished runs, benchmark by benchmark."""
+    paths = [Path(folder) / "results.json" for folder in folders]
+    for path in paths:
+        check(path.is_file(), f"{path} does not exist; evaluate first")
+    a, b = (json.loads(path.read_text())["benchmarks"] for path in paths)
+    shared = [name for name in a if name in b]
+    check(len(shared) > 0, f"no benchmark in common: {', '.join(a)} and {', '.join(b)}")
+    for name in shared:
+        check(
+            a[name]["problems"] == b[name]["problems"],
+            f"{name}: the two runs did not ask the same problems; use one --num_problems for both",
+        )
+        for measure, (value, (low, high)) in paired_difference(a[name], b[name]).items():
+            print(
+                f"{name} {measure}: {folders[0]} minus {folders[1]} = {100 * value:+.1f} points "
+                f"[{100 * low:+.1f}, {100 * high:+.1f}] over {a[name]['num_problems']} problems"
+            )
+
+
+# === samples ===
+
+
+def sample_benchmark(
+    engine, verifier: Verifier, prompts: list[data.Prompt], args: Args, seed: tuple, path: Path
+) -> list[Rollout]:
+    """k graded completions per prompt. Each batch is added to `path`; what is there already from a
+    run that was cut off is not sampled again, and the rest comes out as it would have."""
+    per_batch = max(1, engine.batch_size // args.num_samples)
+    rows = on_first_rank(lambda: kept_rows(path, len(prompts), per_batch, args.num_samples))
+    starts = range(len(rows) // args.num_samples, len(prompts), per_batch)
+    shown = {"total": len(prompts), "initial": starts.start, "disable": rank() > 0}
+    with tqdm(desc=f"evaluate {path.stem}", **shown) as bar:
+        for first in starts:
+            batch, own = prompts[first : first + per_batch], (*seed, first)
+            sampled = sample_and_verify(engine, verifier, batch, args.num_samples, args, own)
+            new = gather([rollout.row() for rollout in sampled])
+            with writing(path.parent):
+                on_first_rank(lambda new=new: append_rows(path, new))
+            rows += new
+            bar.update(len(batch))
+    return [Rollout.from_row(row) for row in rows]
+
+
+def append_rows(path: Path, rows: list[dict]) -> None:
+    with open(path, "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def kept_rows(path: Path, num_prompts: int, per_batch: int, num_samples: int) -> list[dict]:
+    """What a run that was cut off has left of whole batches; the rest of the file goes."""
+    rows = whole_rows(path) if path.exists() else []
+    done = len(rows) // num_samples
+    done -= done % per_batch if done < num_prompts else 0
+    rows = rows[: done * num_samples]
+    write_jsonl(path, rows)
+    return rows
+
+
+def whole_rows(path: Path) -> list[dict]:
+    """The rows before the first that was not written to its end."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        try:
+            rows.append(json.loads(line if line.endswith("\n") else ""))
+        except ValueError:
+            break
+    return rows
+
+
+PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: .3em 0 }}
+summary {{ cursor: pointer; padding: .3em 0 }}
+.sample {{ border-left: 4px solid #c0392b; margin: .6em 0 .6em 1em; padding: 0 .8em }}
+.sample.correct {{ border-color: #27864a }}
+.sample small {{ color: #666 }}
+body.correct .sample:not(.correct), body.other .sample.correct {{ display: none }}
+</style>
+<h1>{title}</h1>
+<p>Show <select onchange="document.body.className = this.value">
+<option value="">all completions<option value="correct">correct ones<option value="other">all others
+</select></p>
+"""
+
+
+def samples_page(title: str, benchmarks: dict[str, list[Rollout]], num_samples: int) -> str:
+    """One self-contained HTML page: the first 100 problems of each benchmark, every completion."""
+    parts = [PAGE.format(title=html.escape(title))]
+    for name, rollouts in benchmarks.items():
+        shown = rollouts[: 100 * num_samples]
+        count = f"{len(shown) // num_samples} of {len(rollouts) // num_samples} problems"
+        parts.append(f"<h2>{html.escape(name)}: {count}</h2>\n")
+        for first in range(0, len(shown), num_samples):
+            group = shown[first : first + num_samples]
+            right = sum(rollout.verdict.correct for rollout in group)
+            parts.append(
+                f"<details><summary>{right}/{num_samples} right: "
+                f"{html.escape(group[0].problem)}</summary>\n<p>gold answer: "
+                f"<code>{html.escape(group[0].gold)}</code></p>\n"
+            )
+            for rollout in group:
+                verdict, length = rollout.verdict, len(rollout.completion_ids)
+                end = "cut off" if rollout.finish == "length" else "ended"
+                read = "" if verdict.answer is None else f", read: {html.escape(verdict.answer)}"
+                parts.append(
+                    f'<div class="sample {verdict.outcome}"><small>{verdict.outcome}{read}; '
+                    f"{length} tokens, {end}</small><pre>{html.escape(rollout.text)}</pre></div>\n"
+                )
+            parts.append("</details>\n")
+    return "".join(parts)
 
 
 # === main ===
 
 
 def main(args: Args) -> None:
+    if args.compare:
+        compare(args.compare)
+        return
     check_ranges(args, zero_allowed=("temperature",))
     check(0 < args.top_p <= 1, f"--top_p is {args.top_p}; it must be above 0 and at most 1")
     stems = {Path(name).stem for name in args.benchmarks}
     check(len(stems) == len(args.benchmarks), "two --benchmarks have one file name; rename one")
-    folder, device = Path(args.output_dir), resolve_device(args.device)
+    folder, device = Path(args.output_dir), join_ranks(args)
     backend = resolve_backend(args, device)
     tokenizer = load_tokenizer(args.model)
     prompts = {}
@@ -145,33 +333,34 @@ def main(args: Args) -> None:
             f"{len(problems) - len(prompts[name])} prompts of {name} are over --max_prompt_tokens "
             f"{args.max_prompt_tokens}; raise it: all problems of a benchmark count",
         )
-    claim_folder(folder, {"script": "evaluate", **vars(args)})
-    if (folder / "results.json").exists():
+    fingerprints = {name: data.fingerprint(tokenizer, asked) for name, asked in prompts.items()}
+    config = {"script": "evaluate", **vars(args), "fingerprints": fingerprints}
+    if rank() == 0:
+        claim_folder(folder, config)
+        _lock = lock_folder(folder)
+        (folder / "samples").mkdir(exist_ok=True)
+    if on_first_rank((folder / "results.json").exists):
         print(f"{folder}/results.json is there already")
         return
-    (folder / "samples").mkdir(exist_ok=True)
     if backend == "vllm":
         engine = VLLMEngine(model_path(args.model), tokenizer, args)
     else:
         model = load_model(args.model, args.dtype, device)
         engine = TorchEngine(model, tokenizer, DTYPES[args.dtype])
-    results, began = {}, time.perf_counter()
-    with lock_folder(folder), Verifier() as verifier:
+    results, samples, k = {}, {}, args.num_samples
+    with Verifier() as verifier:
         for number, (name, asked) in enumerate(prompts.items()):
-            rollouts = []
-            per_batch = max(1, engine.batch_size // args.num_samples)
-            for first in tqdm(range(0, len(asked), per_batch), desc=f"evaluate {name}"):
-                batch, seed = asked[first : first + per_batch], (args.seed, number, first)
-                rollouts += sample_and_verify(engine, verifier, batch, args.num_samples, args, seed)
-            write_jsonl(
-                folder / "samples" / f"{Path(name).stem}.jsonl", [r.row() for r in rollouts]
-            )
-            results[name] = summarise(rollouts, args.num_samples)
+            path, seed = folder / "samples" / f"{Path(name).stem}.jsonl", (args.seed, number)
+            sampled = sample_benchmark(engine, verifier, asked, args, seed, path)
+            votes = on_first_rank(lambda rows=sampled: majority_votes(verifier, rows, k))
+            results[name], samples[name] = summarise(sampled, votes, k), sampled
             print(describe(name, results[name]))
-    seconds = time.perf_counter() - began
-    write_json(
-        folder / "results.json", {"model": args.model, "seconds": seconds, "benchmarks": results}
-    )
+
+    if rank() == 0:
+        page = samples_page(args.model, samples, k)
+        with writing(folder):
+            write_atomic(folder / "samples.html", page)
+            write_json(folder / "results.json", {"model": args.model, "benchmarks": results})
 
 
 def describe(name: str, result: dict) -> str:
@@ -182,7 +371,8 @@ def describe(name: str, result: dict) -> str:
     )
     return (
         f"{name}: avg@{k} {result['accuracy']:.1%} [{low:.1%}, {high:.1%}] over "
-        f"{result['num_problems']} problems, pass@{k} {result['pass_at'][k]:.1%}; {others}; "
+        f"{result['num_problems']} problems, pass@{k} {result['pass_at'][k]:.1%}, "
+        f"maj@{k} {result['majority']:.1%}; {others}; "
         f"mean length {result['rollout/length']:.0f} tokens"
     )
 

@@ -33,8 +33,9 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+import memory
 from common import data, logprob
-from common.model import DTYPES, load_model, load_tokenizer, resolve_device
+from common.model import DTYPES, clip_grad_norm, forward_flops, load_for_training, load_tokenizer
 from common.rollout import (
     Rollout,
     make_engine,
@@ -42,7 +43,20 @@ from common.rollout import (
     rollout_metrics,
     sample_and_verify,
 )
-from common.run import Clock, Run, check, check_ranges, mean, start
+from common.run import (
+    Clock,
+    Run,
+    check,
+    check_ranges,
+    gather,
+    join_ranks,
+    max_over_ranks,
+    mean,
+    rank,
+    start,
+    sum_dicts_over_ranks,
+    sum_over_ranks,
+)
 from common.verifier import Verifier
 
 WATCHED = ("rollout/accuracy", "rollout/length")  # what the progress bar shows
@@ -65,6 +79,10 @@ class Args:
     """steps between evaluations on --eval_dataset; 0 is off"""
     track: bool = False
     """also log to Weights & Biases"""
+    dry_run: bool = False
+    """print how much memory it takes, and stop"""
+    gpu_memory_gb: float | None = None
+    """of the GPU that --dry_run plans for; by itself the one that is there"""
 
     # --- model ---
     model: str = "toy/teacher"
@@ -73,6 +91,10 @@ class Args:
     """where it runs; auto takes a GPU if there is one"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """compute type; the trained weights are float32 either way"""
+    activation_checkpointing: bool = False
+    """compute each layer again in backward instead of keeping what it made"""
+    cpu_offload: bool = False
+    """keep weights, gradients and optimizer in host memory, and update them there"""
 
     # --- data ---
     dataset: str = "toy"
@@ -107,10 +129,16 @@ class Args:
     """share of the GPU's memory that vLLM may take while it samples"""
     enforce_eager: bool = False
     """vLLM without compilation and CUDA graphs: starts faster, samples slower"""
+    tensor_parallel: int = 1
+    """ranks in a row that share one vLLM, for models that do not fit one GPU"""
 
     # --- optimisation ---
     num_steps: int = 40
     """rollout steps"""
+    stop_at_tokens: int = 0
+    """end after the step that reaches this many generated tokens, if earlier; 0 is off"""
+    stop_at_flops: float = 0.0
+    """end after the step that reaches this many FLOPs, the teacher's included; 0 is off"""
     learning_rate: float | None = None
     """AdamW's peak rate; 2e-4 on the toy, to be set for any other model"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -185,11 +213,11 @@ def score(rollouts: list[Rollout], args: Args) -> None:
 
 
 def denominator_of(rollouts: list[Rollout], args: Args) -> float:
-    """Z of one optimizer step."""
+    """Z of one optimizer step, over all ranks."""
     if args.loss_agg == "dr_grpo":
-        return float(len(rollouts) * args.max_new_tokens)
+        return float(sum_over_ranks(len(rollouts)) * args.max_new_tokens)
     kept = [len(rollout.completion_ids) for rollout in rollouts if rollout.weight > 0]
-    return float(max(1, sum(kept) if args.loss_agg == "token" else len(kept)))
+    return float(max(1, sum_over_ranks(sum(kept) if args.loss_agg == "token" else len(kept))))
 
 
 def mixed_groups(rollouts: list[Rollout], group_size: int) -> list[Rollout]:
@@ -253,60 +281,85 @@ class MicroBatch:
 
 
 def micro_batches(rollouts: list[Rollout], size: int, device: torch.device) -> Iterator[MicroBatch]:
-    """Slices of like length. Masks go by length, so EOS keeps its loss where pad equals EOS."""
+    """Slices of like length. Masks go by length, so EOS keeps its loss where pad equals EOS.
+
+    All ranks yield equally many, for a sharded model's forward and backward need all of them: the
+    last ones of a rank may have no rollouts (B = 1, T = 1, N = 0).
+    """
     rollouts = sorted(rollouts, key=lambda row: len(row.prompt_ids) + len(row.completion_ids))
-    for first in range(0, len(rollouts), size):
-        rows = rollouts[first : first + size]
-        width = len(rows[-1].prompt_ids) + len(rows[-1].completion_ids) - 1
-        input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    slices = [rollouts[first : first + size] for first in range(0, len(rollouts), size)]
+    slices += [[]] * (max_over_ranks(len(slices)) - len(slices))
+    for rows in slices:
+        # The last token predicts nothing.
+        inputs = [(row.prompt_ids + row.completion_ids)[:-1] for row in rows]
+        input_ids = torch.zeros(max(1, len(rows)), max(map(len, inputs), default=1)).long()
+        mask = torch.zeros(input_ids.shape, dtype=torch.bool)
         for b, row in enumerate(rows):
-            inputs = (row.prompt_ids + row.completion_ids)[:-1]  # the last token predicts nothing
-            input_ids[b, : len(inputs)] = torch.tensor(inputs)
-            mask[b, len(row.prompt_ids) - 1 : len(inputs)] = True
-        tokens = torch.tensor([token for row in rows for token in row.completion_ids])
+            input_ids[b, : len(inputs[b])] = torch.tensor(inputs[b])
+            mask[b, len(row.prompt_ids) - 1 : len(inputs[b])] = True
+        tokens = torch.tensor([token for row in rows for token in row.completion_ids]).long()
         yield MicroBatch(rows, input_ids.to(device), mask.to(device), tokens.to(device))
 
 
 # === gradients ===
 
 
+def minibatches(rollouts: list[Rollout], seed: tuple, args: Args) -> list[list[Rollout]]:
+    """This rank's part of each minibatch of a shuffled pass, which are the same at any number of
+    ranks."""
+    own = {rollout.key: rollout for rollout in rollouts}
+    keys = sorted(gather(list(own)))
+    shuffled = random.Random("-".join(map(str, seed))).sample(keys, len(keys))
+    parts = [shuffled[first :: args.num_minibatches] for first in range(args.num_minibatches)]
+    return [[own[key] for key in part if key in own] for part in parts]
+
+
+def with_gradient(rollouts: list[Rollout], ref_model) -> list[Rollout]:
+    """Without a KL term an advantage of 0 has no gradient: its tokens count in Z only."""
+    return [r for r in rollouts if r.weight > 0 and (r.advantage != 0 or ref_model is not None)]
+
+
 def backward(model, ref_model, rollouts: list[Rollout], args: Args) -> dict[str, float]:
     """Add the gradients of one optimizer step to .grad; returns its metrics, means over tokens."""
     dtype, denominator = DTYPES[args.dtype], denominator_of(rollouts, args)
-    # Without a KL term an advantage of 0 has no gradient: no need to compute it. Z stays the same.
-    trained = [r for r in rollouts if r.weight > 0 and (r.advantage != 0 or ref_model is not None)]
-    num_tokens = sum(len(rollout.completion_ids) for rollout in trained)
+    trained = with_gradient(rollouts, ref_model)
+    num_tokens = sum_over_ranks(sum(len(rollout.completion_ids) for rollout in trained))
     sums = {"loss": 0.0}
-    for batch in micro_batches(trained, args.micro_batch_size, model.device):
+    for batch in micro_batches(trained, args.micro_batch_size, logprob.device_of(model)):
         hidden = logprob.hidden_states(model, batch.input_ids, batch.mask, dtype)
         inputs = {
             "tokens": batch.tokens,
-            "advantages": spread(batch, [rollout.advantage for rollout in batch.rollouts]),
-            "weights": spread(batch, [rollout.weight for rollout in batch.rollouts]),
-            "rollout_logprobs": torch.cat([row.logprobs for row in batch.rollouts]).to(
-                model.device
-            ),
-            "old_logprobs": None,
+            "advantages": spread(batch, "advantage"),
+            "weights": spread(batch, "weight"),
+            "rollout_logprobs": joined(batch, "logprobs"),
+            "old_logprobs": joined(batch, "old_logprobs"),
             "ref_logprobs": None,
         }
-        if batch.rollouts[0].old_logprobs is not None:
-            inputs["old_logprobs"] = torch.cat([row.old_logprobs for row in batch.rollouts])
         if ref_model is not None:
             inputs["ref_logprobs"] = frozen_logprobs(ref_model, batch, args)
         chunk_loss = partial(loss_fn, args=args)
         head_sums = logprob.head_backward(
             hidden, model, chunk_loss, inputs, denominator, args.chunk_size
         )
-        sums = {name: sums.get(name, 0.0) + value for name, value in head_sums.items()}
+        for name, value in head_sums.items():  # none of an empty micro-batch
+            sums[name] = sums.get(name, 0.0) + value
+    sums = sum_dicts_over_ranks(sums)
     loss = sums.pop("loss") / denominator
     return {"loss/total": loss} | {name: value / num_tokens for name, value in sums.items()}
 
 
-def spread(batch: MicroBatch, values: list[float]) -> torch.Tensor:
-    """One value a sequence -> one a loss token, float32 [N]."""
-    lengths = torch.tensor([len(rollout.completion_ids) for rollout in batch.rollouts])
-    return torch.tensor(values).repeat_interleave(lengths).to(batch.tokens.device)
+def spread(batch: MicroBatch, name: str) -> torch.Tensor:
+    """A number of each rollout -> one a loss token, float32 [N]."""
+    values = [[getattr(row, name)] * len(row.completion_ids) for row in batch.rollouts]
+    return torch.tensor([value for row in values for value in row]).to(batch.tokens.device)
+
+
+def joined(batch: MicroBatch, name: str) -> torch.Tensor | None:
+    """A tensor [T] of each rollout -> one a loss token, [N]; None if they have none."""
+    values = [getattr(row, name) for row in batch.rollouts]
+    if not values or values[0] is None:
+        return None
+    return torch.cat([value.to(batch.tokens.device) for value in values])
 
 
 @torch.no_grad()
@@ -318,7 +371,7 @@ def frozen_logprobs(model, batch: MicroBatch, args: Args) -> torch.Tensor:
 
 def set_old_logprobs(model, rollouts: list[Rollout], args: Args) -> None:
     """The trainer's own log-probs of each rollout, before the first of several updates on it."""
-    for batch in micro_batches(rollouts, args.micro_batch_size, model.device):
+    for batch in micro_batches(rollouts, args.micro_batch_size, logprob.device_of(model)):
         lengths = [len(rollout.completion_ids) for rollout in batch.rollouts]
         logprobs = frozen_logprobs(model, batch, args).split(lengths)
         for rollout, row_logprobs in zip(batch.rollouts, logprobs, strict=True):
@@ -344,7 +397,11 @@ def learning_rate_at(step: int, args: Args) -> float:
 def main(args: Args) -> None:
     # --- setup ---
     check_args(args)
-    device = resolve_device(args.device)
+    if args.dry_run:
+        frozen = [args.model] if args.kl_coef > 0 else []
+        memory.print_plan(args, args.model, frozen, sampled=args.model)
+        return
+    device = join_ranks(args)
     backend = resolve_backend(args, device)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
@@ -358,8 +415,8 @@ def main(args: Args) -> None:
     run = Run(__file__, args, data.fingerprint(tokenizer, dataset))
     if run.finished:
         return
-    model = load_model(run.checkpoint or args.model, args.dtype, device, trainable=True)
-    ref_model = load_model(args.model, args.dtype, device) if args.kl_coef > 0 else None
+    model = load_for_training(args.model, args, device, trainable=True)
+    ref_model = load_for_training(args.model, args, device) if args.kl_coef > 0 else None
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
         parameters, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
@@ -369,9 +426,11 @@ def main(args: Args) -> None:
 
     # --- loop ---
     verifier = Verifier()
-    bar = tqdm(total=args.num_steps, initial=run.progress.step, desc=run.script)
+    bar = tqdm(total=args.num_steps, initial=run.progress.step, desc=run.script, disable=rank() > 0)
     with run.guard(model, optimizer), verifier, bar:
         for step in range(run.progress.step + 1, args.num_steps + 1):
+            if run.budget_is_spent():
+                break
             clock = Clock()
 
             # --- learning rate ---
@@ -381,14 +440,15 @@ def main(args: Args) -> None:
             # --- generate ---
             rollouts, sampled = [], []
             for refill in range(args.max_refills + 1):
-                missing = args.prompts_per_step - len(rollouts) // args.group_size
+                groups = sum_over_ranks(len(rollouts) // args.group_size)
+                missing = args.prompts_per_step - groups
                 prompts = stream.take(run.progress, missing)
                 seed = (args.seed, step, refill)
                 drawn = sample_and_verify(engine, verifier, prompts, args.group_size, args, seed)
                 sampled += drawn
                 keep_all = not args.dynamic_sampling or refill == args.max_refills
                 rollouts += drawn if keep_all else mixed_groups(drawn, args.group_size)
-                if len(rollouts) == args.prompts_per_step * args.group_size:
+                if sum_over_ranks(len(rollouts)) == args.prompts_per_step * args.group_size:
                     break
             metrics = rollout_metrics(sampled) | {"rollout/refills": refill}
             engine.sleep()
@@ -397,8 +457,8 @@ def main(args: Args) -> None:
 
             # --- score ---
             score(rollouts, args)
-            mixed = mixed_groups(rollouts, args.group_size)
-            metrics["rollout/mixed_groups"] = len(mixed) / len(rollouts)
+            mixed = sum_over_ranks(len(mixed_groups(rollouts, args.group_size)))
+            metrics["rollout/mixed_groups"] = mixed / sum_over_ranks(len(rollouts))
             if args.num_epochs * args.num_minibatches > 1:
                 set_old_logprobs(model, rollouts, args)
             clock.lap("score")
@@ -406,18 +466,19 @@ def main(args: Args) -> None:
             # --- update ---
             updates = []
             for epoch in range(args.num_epochs):
-                shuffled = random.Random(f"{args.seed}-{step}-{epoch}").sample(
-                    rollouts, len(rollouts)
-                )
-                for first in range(args.num_minibatches):
-                    minibatch = shuffled[first :: args.num_minibatches]
+                for minibatch in minibatches(rollouts, (args.seed, step, epoch), args):
                     update = backward(model, ref_model, minibatch, args)
-                    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                    grad_norm = clip_grad_norm(parameters, args.max_grad_norm)
                     if run.is_finite(update["loss/total"], grad_norm.item(), minibatch):
                         optimizer.step()
                     optimizer.zero_grad()
                     updates.append(update | {"optim/grad_norm": grad_norm.item()})
             metrics |= mean(updates)
+            run.progress.flops += forward_flops(model, sampled, shared=args.group_size)
+            passes = args.num_epochs * (3 if ref_model is None else 4)
+            run.progress.flops += passes * forward_flops(model, with_gradient(rollouts, ref_model))
+            if args.num_epochs * args.num_minibatches > 1:
+                run.progress.flops += forward_flops(model, rollouts)
             clock.lap("update")
 
             # --- sync ---

@@ -32,8 +32,9 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+import memory
 from common import data, logprob
-from common.model import DTYPES, load_model, load_tokenizer, resolve_device
+from common.model import DTYPES, clip_grad_norm, forward_flops, load_for_training, load_tokenizer
 from common.rollout import (
     Rollout,
     make_engine,
@@ -41,7 +42,18 @@ from common.rollout import (
     rollout_metrics,
     sample_and_verify,
 )
-from common.run import Clock, Run, check, check_ranges, start
+from common.run import (
+    Clock,
+    Run,
+    check,
+    check_ranges,
+    join_ranks,
+    max_over_ranks,
+    rank,
+    start,
+    sum_dicts_over_ranks,
+    sum_over_ranks,
+)
 from common.verifier import Verifier
 
 WATCHED = ("policy/reverse_kl", "rollout/accuracy")  # what the progress bar shows
@@ -64,6 +76,10 @@ class Args:
     """steps between evaluations on --eval_dataset; 0 is off"""
     track: bool = False
     """also log to Weights & Biases"""
+    dry_run: bool = False
+    """print how much memory it takes, and stop"""
+    gpu_memory_gb: float | None = None
+    """of the GPU that --dry_run plans for; by itself the one that is there"""
 
     # --- model ---
     model: str = "toy/student"
@@ -74,6 +90,10 @@ class Args:
     """where it runs; auto takes a GPU if there is one"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """compute type; the trained weights are float32 either way"""
+    activation_checkpointing: bool = False
+    """compute each layer again in backward instead of keeping what it made"""
+    cpu_offload: bool = False
+    """keep weights, gradients and optimizer in host memory, and update them there"""
 
     # --- data ---
     dataset: str = "toy"
@@ -108,10 +128,16 @@ class Args:
     """share of the GPU's memory that vLLM may take while it samples"""
     enforce_eager: bool = False
     """vLLM without compilation and CUDA graphs: starts faster, samples slower"""
+    tensor_parallel: int = 1
+    """ranks in a row that share one vLLM, for models that do not fit one GPU"""
 
     # --- optimisation ---
     num_steps: int = 40
     """rollout steps"""
+    stop_at_tokens: int = 0
+    """end after the step that reaches this many generated tokens, if earlier; 0 is off"""
+    stop_at_flops: float = 0.0
+    """end after the step that reaches this many FLOPs, the teacher's included; 0 is off"""
     learning_rate: float | None = None
     """AdamW's peak rate; 3e-4 on the toy, to be set for any other model"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -220,18 +246,23 @@ class MicroBatch:
 
 
 def micro_batches(rollouts: list[Rollout], size: int, device: torch.device) -> Iterator[MicroBatch]:
-    """Slices of like length. Masks go by length, so EOS keeps its loss where pad equals EOS."""
+    """Slices of like length. Masks go by length, so EOS keeps its loss where pad equals EOS.
+
+    All ranks yield equally many, for a sharded model's forward and backward need all of them: the
+    last ones of a rank may have no rollouts (B = 1, T = 1, N = 0).
+    """
     rollouts = sorted(rollouts, key=lambda row: len(row.prompt_ids) + len(row.completion_ids))
-    for first in range(0, len(rollouts), size):
-        rows = rollouts[first : first + size]
-        width = len(rows[-1].prompt_ids) + len(rows[-1].completion_ids) - 1
-        input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    slices = [rollouts[first : first + size] for first in range(0, len(rollouts), size)]
+    slices += [[]] * (max_over_ranks(len(slices)) - len(slices))
+    for rows in slices:
+        # The last token predicts nothing.
+        inputs = [(row.prompt_ids + row.completion_ids)[:-1] for row in rows]
+        input_ids = torch.zeros(max(1, len(rows)), max(map(len, inputs), default=1)).long()
+        mask = torch.zeros(input_ids.shape, dtype=torch.bool)
         for b, row in enumerate(rows):
-            inputs = (row.prompt_ids + row.completion_ids)[:-1]  # the last token predicts nothing
-            input_ids[b, : len(inputs)] = torch.tensor(inputs)
-            mask[b, len(row.prompt_ids) - 1 : len(inputs)] = True
-        tokens = torch.tensor([token for row in rows for token in row.completion_ids])
+            input_ids[b, : len(inputs[b])] = torch.tensor(inputs[b])
+            mask[b, len(row.prompt_ids) - 1 : len(inputs[b])] = True
+        tokens = torch.tensor([token for row in rows for token in row.completion_ids]).long()
         yield MicroBatch(rows, input_ids.to(device), mask.to(device), tokens.to(device))
 
 
@@ -240,20 +271,23 @@ def micro_batches(rollouts: list[Rollout], size: int, device: torch.device) -> I
 
 def backward(model, teacher, rollouts: list[Rollout], args: Args) -> dict[str, float]:
     """Add the gradients of one optimizer step to .grad; returns its metrics, means over tokens."""
-    dtype, denominator = DTYPES[args.dtype], sum(len(row.completion_ids) for row in rollouts)
+    num_tokens = sum_over_ranks(sum(len(rollout.completion_ids) for rollout in rollouts))
+    dtype, denominator = DTYPES[args.dtype], max(1, num_tokens)
     teacher_head = logprob.head_weight(teacher, dtype)
 
     def chunk_loss(logits: torch.Tensor, teacher_hidden: torch.Tensor, tokens: torch.Tensor):
         return loss_fn(logits, teacher_hidden @ teacher_head.T, tokens, args)
 
     sums = {"loss": 0.0}
-    for batch in micro_batches(rollouts, args.micro_batch_size, model.device):
+    for batch in micro_batches(rollouts, args.micro_batch_size, logprob.device_of(model)):
         hidden = logprob.hidden_states(model, batch.input_ids, batch.mask, dtype)
         inputs = {"teacher_hidden": score(teacher, batch, args), "tokens": batch.tokens}
         head_sums = logprob.head_backward(
             hidden, model, chunk_loss, inputs, denominator, args.chunk_size
         )
-        sums = {name: sums.get(name, 0.0) + value for name, value in head_sums.items()}
+        for name, value in head_sums.items():  # none of an empty micro-batch
+            sums[name] = sums.get(name, 0.0) + value
+    sums = sum_dicts_over_ranks(sums)
     loss = sums.pop("loss") / denominator
     return {"loss/total": loss} | {name: value / denominator for name, value in sums.items()}
 
@@ -277,7 +311,10 @@ def learning_rate_at(step: int, args: Args) -> float:
 def main(args: Args) -> None:
     # --- setup ---
     check_args(args)
-    device = resolve_device(args.device)
+    if args.dry_run:
+        memory.print_plan(args, args.model, [args.teacher], sampled=args.model)
+        return
+    device = join_ranks(args)
     backend = resolve_backend(args, device)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.teacher)
@@ -291,8 +328,8 @@ def main(args: Args) -> None:
     run = Run(__file__, args, data.fingerprint(tokenizer, dataset))
     if run.finished:
         return
-    model = load_model(run.checkpoint or args.model, args.dtype, device, trainable=True)
-    teacher = load_model(args.teacher, args.dtype, device)
+    model = load_for_training(args.model, args, device, trainable=True)
+    teacher = load_for_training(args.teacher, args, device)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
         parameters, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
@@ -302,9 +339,11 @@ def main(args: Args) -> None:
 
     # --- loop ---
     verifier = Verifier()
-    bar = tqdm(total=args.num_steps, initial=run.progress.step, desc=run.script)
+    bar = tqdm(total=args.num_steps, initial=run.progress.step, desc=run.script, disable=rank() > 0)
     with run.guard(model, optimizer), verifier, bar:
         for step in range(run.progress.step + 1, args.num_steps + 1):
+            if run.budget_is_spent():
+                break
             clock = Clock()
 
             # --- learning rate ---
@@ -325,11 +364,14 @@ def main(args: Args) -> None:
 
             # --- update ---
             metrics |= backward(model, teacher, sampled, args)
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            grad_norm = clip_grad_norm(parameters, args.max_grad_norm)
             metrics["optim/grad_norm"] = grad_norm.item()
             if run.is_finite(metrics["loss/total"], grad_norm.item(), sampled):
                 optimizer.step()
             optimizer.zero_grad()
+            run.progress.flops += forward_flops(model, sampled, shared=args.group_size)
+            run.progress.flops += 3 * forward_flops(model, sampled)
+            run.progress.teacher_flops += forward_flops(teacher, sampled)
             clock.lap("update")
 
             # --- sync ---

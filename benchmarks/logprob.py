@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 
 from common import logprob
-from common.model import DTYPES, resolve_device
-from common.run import start
+from common.model import DTYPES
+from common.run import resolve_device, start
 
 
 @dataclass

@@ -15,9 +15,9 @@ from typing import Literal
 import torch
 
 from common import data
-from common.model import DTYPES, load_model, load_tokenizer, resolve_device
+from common.model import DTYPES, load_model, load_tokenizer
 from common.rollout import TorchEngine, make_engine, resolve_backend
-from common.run import start
+from common.run import resolve_device, start
 
 
 @dataclass
@@ -44,6 +44,8 @@ class Args:
     """share of the GPU's memory that vLLM may take"""
     enforce_eager: bool = False
     """vLLM without compilation and CUDA graphs"""
+    tensor_parallel: int = 1
+    """ranks that share one vLLM"""
     seed: int = 0
     """seed of the samples"""
     thinking: bool = False

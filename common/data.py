@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.run import ROOT, Progress, UserError, check, one_line
+from common.run import ROOT, Progress, UserError, check, one_line, rank
 from common.verifier import Verifier, extract_answer
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -74,7 +74,8 @@ def load_problems(
         )
         problems.append(Problem(problem.strip(), _final_answer(str(answer))))
     with Verifier() as verifier:
-        unreadable = verifier.unreadable([problem.answer for problem in problems])
+        golds = [problem.answer for problem in problems] if rank() == 0 else []
+        unreadable = verifier.unreadable(golds)
     if unreadable:
         print(
             f"dataset {source}: {len(unreadable)} gold answers cannot be read, the first is "
@@ -275,12 +276,13 @@ class Stream:
         return taken
 
 
-def fingerprint(tokenizer, prompts: list[Prompt], rollouts: Sequence = ()) -> dict[str, str]:
+def fingerprint(tokenizer, prompts: list[Prompt], rollouts: Sequence = ()) -> dict[str, object]:
     """What a resumed run must find unchanged beside its Args: the data, and how it is put."""
     rows = "".join(prompt.problem.key + prompt.problem.answer for prompt in prompts)
     rows += "".join(str(rollout.completion_ids) for rollout in rollouts)
     template = f"{tokenizer.chat_template}{INSTRUCTION}"
     return {
+        "num_problems": len(prompts),
         "dataset_fingerprint": hashlib.sha256(rows.encode()).hexdigest()[:16],
         "template_fingerprint": hashlib.sha256(template.encode()).hexdigest()[:16],
     }

@@ -9,7 +9,7 @@ Shape key: N tokens of a micro-batch, C of a chunk, V vocabulary, D hidden size.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.distributed.tensor import DTensor, Partial
@@ -247,8 +247,8 @@ def transfer_metrics(logq: torch.Tensor, logp: torch.Tensor) -> dict[str, torch.
     to the teacher's, and the share of the teacher's 16 likeliest tokens among the student's 16.
     """
     k = min(16, logq.shape[-1])
-    top, teacher_top = logq.topk(k).indices, logp.topk(k).indices
-    shared = (top[:, :, None] == teacher_top[:, None]).any(-1)
+    top, teacher_top = (x.topk(k, sorted=False).indices for x in (logq, logp))
+    shared = torch.zeros_like(logq, dtype=torch.bool).scatter_(1, top, True).gather(1, teacher_top)
     vecdot = torch.linalg.vecdot
     entropy, teacher_entropy = -vecdot(logq.exp(), logq).sum(), -vecdot(logp.exp(), logp).sum()
     return {
@@ -265,6 +265,14 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
+def device_of(model) -> torch.device:
+    """Where it computes: --cpu_offload keeps a model's shards elsewhere."""
+    weight = model.get_output_embeddings().weight
+    sharded = isinstance(weight, DTensor)
+    kind = weight.device_mesh.device_type if sharded else weight.device.type
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else weight.device
+
+
 def hidden_states(
     model, input_ids: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -272,17 +280,40 @@ def hidden_states(
     -> [N, D] of `dtype`.
 
     No attention mask is needed: attention is causal, and padding stands to the right of every real
-    token.
+    token. The model is entered by its root, so that FSDP2 gathers what is sharded; its head, which
+    would make [B, T, V] logits, hands the hidden states through.
     """
-    with autocast(input_ids.device, dtype):
-        output = model.get_decoder()(input_ids=input_ids, use_cache=False)
-    return output.last_hidden_state[mask].to(dtype)
+    head = model.get_output_embeddings()
+    head.forward = torch.clone
+    try:
+        with autocast(input_ids.device, dtype):
+            hidden = model(input_ids=input_ids, use_cache=False).logits
+    finally:
+        del head.forward
+    return hidden[mask].to(dtype)
 
 
 def full_weight(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A parameter in `dtype`, without gradient; a sharded one is gathered."""
-    weight = parameter.detach().to(dtype)
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+    """A parameter in `dtype`, without gradient; a sharded one is gathered, on the device that
+    computes (--cpu_offload keeps the shards in host memory)."""
+    weight = parameter.detach()
+    if not isinstance(weight, DTensor):
+        return weight.to(dtype)
+    local = weight.to_local().to(weight.device_mesh.device_type, dtype)
+    return _like(weight, local).full_tensor()
+
+
+def full_weights(model, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each parameter by name, whole and in `dtype`, one at a time: a sharded model is gathered
+    parameter by parameter, never at once. Tied ones come once."""
+    for name, parameter in model.named_parameters():
+        yield name, full_weight(parameter, dtype)
+
+
+def _like(weight: DTensor, local: torch.Tensor) -> DTensor:
+    """`local` as this rank's shard of a tensor that is sharded as `weight` is."""
+    own = {"shape": weight.shape, "stride": weight.stride(), "run_check": False}
+    return DTensor.from_local(local, weight.device_mesh, weight.placements, **own)
 
 
 def head_weight(model, dtype: torch.dtype) -> torch.Tensor:
@@ -297,6 +328,8 @@ def head_logprobs(
 ) -> torch.Tensor:
     """Log-probs of tokens [N] from hidden states [N, D], in chunks and without gradient -> [N]."""
     weight = head_weight(model, hidden.dtype)
+    if len(hidden) == 0:
+        return hidden.new_empty(0, dtype=torch.float32)
     chunks = zip(hidden.split(chunk_size), tokens.split(chunk_size), strict=True)
     return torch.cat([token_logprobs(h @ weight.T, t, temperature)[0] for h, t in chunks])
 
@@ -343,7 +376,8 @@ def head_backward(
     if sharded:
         mesh = weight.device_mesh
         partial = DTensor.from_local(total, mesh, [Partial()] * mesh.ndim, run_check=False)
-        weight.grad += partial.redistribute(placements=weight.placements)
+        local = partial.redistribute(placements=weight.placements).to_local()
+        weight.grad += _like(weight, local.to(weight.to_local().device))
     hidden.backward(hidden_grad)
     return sums
 

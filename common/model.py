@@ -1,9 +1,23 @@
-"""Models and tokenizers by path or hub id, and what must hold between two of them."""
+"""Models and tokenizers by path or hub id, what must hold between two, and sharding over ranks."""
 
+import contextlib
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import HfApi, try_to_load_from_cache
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import distribute_tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -12,23 +26,22 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from common.logprob import head_weight, hidden_states
-from common.run import ROOT, UserError, check, one_line
+from common.logprob import full_weight, head_weight, hidden_states
+from common.run import (
+    ROOT,
+    UserError,
+    check,
+    num_ranks,
+    on_first_rank,
+    one_line,
+    rank,
+    sum_over_ranks,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-
-
-def resolve_device(device: str) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    check(
-        device != "cuda" or torch.cuda.is_available(),
-        "--device cuda, but torch sees no GPU; use --device cpu",
-    )
-    return torch.device(device)
 
 
 def model_path(name: str) -> str:
@@ -96,6 +109,90 @@ def load_model(
     return model
 
 
+def load_for_training(
+    name: str, args, device: torch.device, trainable: bool = False
+) -> PreTrainedModel:
+    """As load_model; where there are ranks, sharded over them by FSDP2. The first rank reads the
+    file, so a machine holds one whole copy while loading."""
+    if not dist.is_initialized():
+        model = load_model(name, args.dtype, device, trainable)
+        _recompute_activations(model, args)
+        return model
+    whole = load_model(name, args.dtype, torch.device("cpu"), trainable) if rank() == 0 else None
+    config = on_first_rank(lambda: (whole.config, whole.generation_config, whole.dtype))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config[0], dtype=config[2])
+    model.generation_config = config[1]
+    model.requires_grad_(trainable).eval()
+    _recompute_activations(model, args)
+    _shard(model, args, device)
+    _copy_weights(whole, model, args, device)
+    return model
+
+
+def _recompute_activations(model: PreTrainedModel, args) -> None:
+    """--activation_checkpointing: keep each decoder layer's input only, compute the rest again in
+    backward. (transformers' own switch works in train mode only, and turns the cache off.)"""
+    if args.activation_checkpointing:
+        for layer in model.get_decoder().layers:
+            again = {"use_reentrant": False, "preserve_rng_state": False}
+            layer.forward = partial(checkpoint, layer.forward, **again)
+
+
+def _shard(model: PreTrainedModel, args, device: torch.device) -> None:
+    """FSDP2: a group of parameters for each decoder layer, and one for the rest, where embedding
+    and head are, which may be tied. They are gathered as `dtype`, gradients summed in float32."""
+    options = {"mesh": init_device_mesh(device.type, (num_ranks(),)), "reshard_after_forward": True}
+    options |= {"mp_policy": MixedPrecisionPolicy(DTYPES[args.dtype], torch.float32)}
+    if args.cpu_offload:
+        options |= {"offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda")}
+    for module in (*model.get_decoder().layers, model):
+        fully_shard(module, **options)
+        # The loss is divided by a sum over all ranks already: gradients are summed, not averaged.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+@torch.no_grad()
+def _copy_weights(whole: PreTrainedModel | None, model: PreTrainedModel, args, device) -> None:
+    """From the first rank's whole model into every rank's shards, tensor by tensor."""
+    model.to_empty(device="cpu" if args.cpu_offload else device)
+    weights = {} if whole is None else dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        full = weights[name].to(device) if whole else empty
+        mine = distribute_tensor(full, parameter.device_mesh, parameter.placements)
+        parameter.to_local().copy_(mine.to_local())
+    buffers = {} if whole is None else dict(whole.named_buffers())
+    for name, empty in list(model.named_buffers()):  # rotary frequencies: in no file
+        buffer = buffers[name].to(device) if whole else torch.empty_like(empty, device=device)
+        dist.broadcast(buffer, 0)
+        module, _, key = name.rpartition(".")
+        model.get_submodule(module).register_buffer(key, buffer, persistent=False)
+
+
+def clip_grad_norm(parameters: list[nn.Parameter], limit: float) -> torch.Tensor:
+    """Scale the gradients down to a norm of `limit` over all parameters and ranks; returns the norm
+    before."""
+    norm = nn.utils.clip_grad_norm_(parameters, limit)
+    return full_weight(norm, torch.float32)
+
+
+@contextlib.contextmanager
+def gathered(model) -> Iterator[None]:
+    """The whole model on each rank, for sampling: then ranks need not decode in step."""
+    groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in groups:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in groups:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
+
+
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, name: str) -> None:
     """The chunked head is hidden @ W.T: a model that scales or caps logits would train wrong."""
@@ -110,3 +207,28 @@ def _check_head(model: PreTrainedModel, name: str) -> None:
         same,
         f"{name} ({type(model).__name__}) scales or caps its logits behind the head: not supported",
     )
+
+
+def forward_flops(model: PreTrainedModel, rollouts: list, shared: int = 1) -> float:
+    """FLOPs of a forward pass over prompts and completions (2 a multiply-add), of a dense model's
+    matrix products; backward costs twice as much.
+
+    The head counts at the tokens that predict a completion token, attention at pairs of a query and
+    a key that it may see. `shared`: so many completions have their prompt computed once (sampling).
+    Of all ranks.
+    """
+    config, head = model.config, model.get_output_embeddings()
+    body = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m != head)
+    head_size = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    pair = 4 * config.num_hidden_layers * config.num_attention_heads * head_size
+    flops = 0.0
+    for rollout in rollouts:
+        prompt, completion = len(rollout.prompt_ids), len(rollout.completion_ids)
+        length = prompt + completion - 1  # the last token predicts nothing
+        prompt_pairs, all_pairs = prompt * (prompt + 1) / 2, length * (length + 1) / 2
+        flops += 2 * body * (prompt / shared + completion - 1)
+        flops += 2 * head.weight.numel() * completion
+        flops += pair * (prompt_pairs / shared + all_pairs - prompt_pairs)
+    return sum_over_ranks(flops)

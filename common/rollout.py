@@ -11,7 +11,7 @@ trained model itself; VLLMEngine holds a copy of it, and proves after each sync 
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,13 +19,31 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicLayer, GenerationConfig
 
 from common.data import Problem, Prompt, read_jsonl
-from common.logprob import autocast, full_weight, head_logprobs, hidden_states
-from common.model import DTYPES
-from common.run import RunFailure, UserError, check, one_line
+from common.logprob import (
+    autocast,
+    device_of,
+    full_weight,
+    full_weights,
+    head_logprobs,
+    hidden_states,
+)
+from common.model import DTYPES, gathered
+from common.run import (
+    RunFailure,
+    UserError,
+    check,
+    gather,
+    num_ranks,
+    on_first_of_host,
+    one_line,
+    rank,
+    share_of,
+)
 from common.verifier import OUTCOMES, Verdict, Verifier
 
 
@@ -40,6 +58,7 @@ class Rollout:
     text: str  # the completion, decoded without special tokens
     problem: str = ""
     gold: str = ""
+    key: tuple[int, ...] = ()  # seeds and number of the sample: the same at any number of ranks
     verdict: Verdict | None = None
     advantage: float = 0.0  # this and the next two are set by grpo.py
     weight: float = 1.0  # of each of its tokens in the loss
@@ -57,6 +76,14 @@ class Rollout:
             "prompt_ids": self.prompt_ids,
             "completion_ids": self.completion_ids,
         }
+
+    @classmethod
+    def from_row(cls, row: dict) -> "Rollout":
+        """A saved row again, without its log-probs."""
+        ids, verdict = row["completion_ids"], Verdict(row["outcome"], row["extracted"])
+        logprobs = torch.zeros(len(ids))
+        own = (row["finish"], row["completion"], row["problem"], row["answer"])
+        return cls(row["prompt_ids"], ids, logprobs, *own, verdict=verdict)
 
 
 def eos_token_ids(generation_config: GenerationConfig | None, tokenizer) -> list[int]:
@@ -133,6 +160,8 @@ class TorchEngine:
     sample (p, g) of seed S is the same whatever else is in the batch.
     """
 
+    num_ranks = 1  # that share one engine
+
     def __init__(self, model, tokenizer, dtype: torch.dtype = torch.float32, batch_size: int = 512):
         self.model, self.tokenizer, self.dtype, self.batch_size = (
             model,
@@ -141,7 +170,7 @@ class TorchEngine:
             batch_size,
         )
         self.eos_ids = torch.tensor(
-            eos_token_ids(model.generation_config, tokenizer), device=model.device
+            eos_token_ids(model.generation_config, tokenizer), device=device_of(model)
         )
 
     def sync(self) -> dict[str, float]:
@@ -161,21 +190,23 @@ class TorchEngine:
         seed: Sequence[int],
         top_p: float = 1.0,
         top_k: int = 0,
+        first: int = 0,
     ) -> list[Rollout]:
-        """P prompts -> N = P·G rollouts, grouped. Temperature 0 is greedy, with log-probs at 1."""
-        rollouts = []
+        """P prompts -> N = P·G rollouts, grouped. Temperature 0 is greedy, with log-probs at 1.
+        `first`: the seeds are those of prompts first, first + 1, ... of a step."""
+        rollouts, device = [], device_of(self.model)
         per_batch = max(1, self.batch_size // group_size)
-        with torch.no_grad(), autocast(self.model.device, self.dtype):
+        with torch.no_grad(), autocast(device, self.dtype), gathered(self.model):
             for start in range(0, len(prompts), per_batch):
                 batch = prompts[start : start + per_batch]
                 uniforms = [
-                    np.random.default_rng([*seed, start + p, g]).random(
+                    np.random.default_rng([*seed, first + start + p, g]).random(
                         max_new_tokens, dtype=np.float32
                     )
                     for p in range(len(batch))
                     for g in range(group_size)
                 ]
-                uniforms = torch.from_numpy(np.stack(uniforms)).to(self.model.device)
+                uniforms = torch.from_numpy(np.stack(uniforms)).to(device)
                 rollouts += self._generate_batch(
                     batch, group_size, uniforms, temperature, top_p, top_k
                 )
@@ -184,7 +215,7 @@ class TorchEngine:
     def _generate_batch(
         self, prompts, group_size, uniforms, temperature, top_p, top_k
     ) -> list[Rollout]:
-        device, pad = self.model.device, self.tokenizer.pad_token_id
+        device, pad = uniforms.device, self.tokenizer.pad_token_id
         num_rows, max_new_tokens = uniforms.shape
         # Prefill: each prompt once, left-padded so that all completions start in one column.
         width = max(map(len, prompts))
@@ -252,7 +283,9 @@ class TorchEngine:
 # === vLLM ===
 
 VLLM_VERSION = "0.32."  # the calls below are its calls
-CANARY_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # mean |log-prob difference|
+# Of the mean |log-prob difference|. bfloat16 rounds a logit of 16 to 32 by up to 0.06, on both
+# sides: 0.04 was seen of a healthy SmolLM2-135M.
+CANARY_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 class WeightSyncError(RunFailure):
@@ -305,10 +338,15 @@ class VLLMEngine:
         self.model, self.tokenizer, self.dtype = model, tokenizer, DTYPES[args.dtype]
         self.canary = [ids[-256:] for ids in canary]
         self.trained = model is not None and any(p.requires_grad for p in model.parameters())
-        self.can_sleep, self.asleep = model is not None and model.device.type == "cuda", False
+        self.can_sleep = model is not None and device_of(model).type == "cuda"
+        self.asleep = False
         on_cpu = not torch.cuda.is_available()
         if model is not None and on_cpu:
             _keep_plain_cpu_weights()
+        self.num_ranks, own = args.tensor_parallel, {}
+        if dist.is_initialized():
+            own = _inside_ranks(self.num_ranks)
+        share = args.vllm_gpu_memory / (num_ranks() if on_cpu else 1)  # a CPU's memory is shared
         length = args.max_prompt_tokens + args.max_new_tokens
         try:
             self.llm = LLM(
@@ -319,12 +357,13 @@ class VLLMEngine:
                 max_model_len=length,
                 max_num_batched_tokens=max(length, 8192),
                 enable_chunked_prefill=not on_cpu,  # it breaks the seeds of a CPU's samples
-                gpu_memory_utilization=args.vllm_gpu_memory,
+                gpu_memory_utilization=share,
                 enforce_eager=args.enforce_eager,
                 enable_sleep_mode=self.can_sleep,
                 logprobs_mode="processed_logprobs",  # after the temperature
                 generation_config="vllm",  # else the model's own top_k and penalties
                 seed=args.seed,
+                **own,
             )
             config = model.generation_config if model else GenerationConfig.from_pretrained(name)
             self.eos_ids = eos_token_ids(config, tokenizer)
@@ -353,6 +392,7 @@ class VLLMEngine:
         seed: Sequence[int],
         top_p: float = 1.0,
         top_k: int = 0,
+        first: int = 0,
     ) -> list[Rollout]:
         """As TorchEngine's: P prompts -> N = P·G rollouts, grouped. Seeded by `seed` and prompt."""
         if self.asleep:  # the weights of a trained engine are gone until the next sync
@@ -370,7 +410,7 @@ class VLLMEngine:
                     "top_p": top_p,
                     "top_k": top_k,
                     "max_tokens": max_new_tokens,
-                    "seed": int(np.random.SeedSequence([*seed, p]).generate_state(1)[0]),
+                    "seed": int(np.random.SeedSequence([*seed, first + p]).generate_state(1)[0]),
                 }
                 for p in range(len(prompts))
             ],
@@ -387,6 +427,8 @@ class VLLMEngine:
     def _run(self, prompts: Sequence[list[int]], sampling: list[dict]) -> list:
         from vllm import SamplingParams
 
+        if not prompts:
+            return []
         shared = {"logprobs": 0, "flat_logprobs": True, "detokenize": False}
         shared["stop_token_ids"] = self.eos_ids
         try:
@@ -420,6 +462,7 @@ class VLLMEngine:
         self._load()
         loaded = time.perf_counter()
         stale, count = self._apply(lambda engine: stale_parameters(engine, self.model, self.dtype))
+        stale = list(dict.fromkeys(gather(stale)))  # ranks stop together
         if stale:
             named = ", ".join(stale[:5]) + (", ..." if len(stale) > 5 else "")
             raise WeightSyncError(
@@ -460,7 +503,8 @@ class VLLMEngine:
     @torch.no_grad()
     def canary_difference(self) -> tuple[float, float]:
         """Mean and largest |difference| of the engine's and the trainer's log-probs at temperature
-        1, over the canary's prompts and eight sampled tokens each: prefill and decoding."""
+        1, over the canary's prompts and eight sampled tokens each: prefill and decoding. Of several
+        ranks the worst."""
         own = {"temperature": 1.0, "seed": 0, "max_tokens": 8, "prompt_logprobs": 0}
         outputs = self._run(self.canary, [own] * len(self.canary))
         sequences, theirs = [], []
@@ -468,20 +512,14 @@ class VLLMEngine:
             sample = output.outputs[0]
             sequences.append(torch.tensor(ids + list(sample.token_ids)))
             theirs += output.prompt_logprobs.logprobs + sample.logprobs.logprobs
-        ids = pad_sequence(sequences, batch_first=True).to(self.model.device)
+        ids = pad_sequence(sequences, batch_first=True).to(device_of(self.model))
         lengths = torch.tensor([len(sequence) for sequence in sequences], device=ids.device)
         mask = torch.arange(ids.shape[1] - 1, device=ids.device) < lengths[:, None] - 1
         hidden = hidden_states(self.model, ids[:, :-1], mask, self.dtype)
         ours = head_logprobs(hidden, self.model, ids[:, 1:][mask], 1.0, 1024)
         difference = (ours.cpu() - torch.tensor(theirs)).abs()
-        return difference.mean().item(), difference.max().item()
-
-
-def full_weights(model, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each parameter by name, whole and in the engine's dtype, one at a time: a sharded model is
-    gathered parameter by parameter, never at once. Tied ones come once."""
-    for name, parameter in model.named_parameters():
-        yield name, full_weight(parameter, dtype)
+        every = gather([(difference.mean().item(), difference.max().item())])
+        return max(mean for mean, _ in every), max(largest for _, largest in every)
 
 
 def stale_parameters(engine, model, dtype: torch.dtype) -> tuple[list[str], int]:
@@ -502,7 +540,8 @@ def stale_parameters(engine, model, dtype: torch.dtype) -> tuple[list[str], int]
             if part_name not in trained:
                 stale.append(f"{part_name} (not in the model)")
                 continue
-            expected = full_weight(trained[part_name], dtype)
+            whole = full_weight(trained[part_name], dtype)
+            expected = held(engine.get_submodule(name.rpartition(".")[0]), part, whole)
             actual = parameter[start : start + len(expected)]
             if not same_bits(actual, expected):
                 stale.append(part_name)
@@ -513,12 +552,49 @@ def stale_parameters(engine, model, dtype: torch.dtype) -> tuple[list[str], int]
     return stale + [f"{name} (not in vLLM)" for name in sorted(unseen)], len(trained) - len(unseen)
 
 
+def held(module, part: str, whole: torch.Tensor) -> torch.Tensor:
+    """What a rank's engine holds of a parameter, if several ranks share an engine."""
+    if getattr(module, "tp_size", 1) == 1:
+        return whole
+    from vllm.model_executor.layers import linear
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    if isinstance(module, VocabParallelEmbedding):
+        rows = module.shard_indices
+        return whole[rows.org_vocab_start_index : rows.org_vocab_end_index]
+    if isinstance(module, linear.QKVParallelLinear) and part in ("k_proj", "v_proj"):
+        size = module.num_kv_heads * module.head_size
+        first = module.tp_rank // module.num_kv_head_replicas * size
+        return whole[first : first + size]
+    if isinstance(module, linear.RowParallelLinear):  # its weight, by columns; a bias stays whole
+        return whole.chunk(module.tp_size, 1)[module.tp_rank] if whole.dim() == 2 else whole
+    if isinstance(module, linear.ColumnParallelLinear):
+        return whole.chunk(module.tp_size)[module.tp_rank]
+    return whole
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal as bits: NaN equals itself, and 0 is not -0."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     bits = {2: torch.int16, 4: torch.int32}[a.element_size()]
     return torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
+
+
+def _inside_ranks(tensor_parallel: int) -> dict[str, object]:
+    """Arguments of an engine in a rank of torchrun, where `tensor_parallel` ranks in a row share
+    one: it takes part in the process group that is there, and starts none of its own."""
+    check(
+        num_ranks() % tensor_parallel == 0,
+        f"--tensor_parallel {tensor_parallel} does not divide the {num_ranks()} ranks",
+    )
+    from vllm.v1.engine import core
+
+    core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None  # it would end our group too
+    for name in ("RANK", "LOCAL_RANK"):
+        os.environ.setdefault(name, "0")  # --cpu_offload without torchrun
+    own = {"distributed_executor_backend": "external_launcher", "async_scheduling": False}
+    return own | {"tensor_parallel_size": tensor_parallel}
 
 
 def _keep_plain_cpu_weights() -> None:
@@ -543,7 +619,11 @@ def sample_and_verify(
     args,
     seed: Sequence[int],
 ) -> list[Rollout]:
-    """P·G graded rollouts, at `args`' length and temperature (and top_p and top_k, if it has)."""
+    """P·G graded rollouts, at `args`' length and temperature (and top_p and top_k, if it has). Of
+    several ranks each samples its share of the prompts, with the seeds that one rank would use.
+    (Ranks that share an engine ask it the same, and then keep their shares.)"""
+    shared = engine.num_ranks
+    first, prompts = share_of(prompts, rank() // shared, num_ranks() // shared)
     rollouts = engine.generate(
         [prompt.ids for prompt in prompts],
         group_size,
@@ -552,29 +632,38 @@ def sample_and_verify(
         seed=seed,
         top_p=getattr(args, "top_p", 1.0),
         top_k=getattr(args, "top_k", 0),
+        first=first,
     )
+    begin, prompts = share_of(prompts, rank() % shared, shared)
+    rollouts = rollouts[begin * group_size : (begin + len(prompts)) * group_size]
     for n, rollout in enumerate(rollouts):
         problem = prompts[n // group_size].problem
         rollout.problem, rollout.gold = problem.problem, problem.answer
+        rollout.key = (*seed, (first + begin) * group_size + n)
     verify(verifier, rollouts)
     return rollouts
 
 
 def verify(verifier: Verifier, rollouts: list[Rollout]) -> None:
-    verdicts = verifier.grade(
-        [rollout.text for rollout in rollouts], [rollout.gold for rollout in rollouts]
-    )
+    """Set their verdicts. The ranks of a machine share one pool of verifier workers."""
+
+    def grade(pairs: list[tuple[str, str]]) -> list[Verdict]:
+        return verifier.grade([text for text, _ in pairs], [gold for _, gold in pairs])
+
+    verdicts = on_first_of_host(grade, [(rollout.text, rollout.gold) for rollout in rollouts])
     for rollout, verdict in zip(rollouts, verdicts, strict=True):
         rollout.verdict = verdict
 
 
 def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
-    """Accuracy, mean length in tokens, share cut off, and the share of each verdict."""
-    outcomes = [rollout.verdict.outcome for rollout in rollouts]
+    """Accuracy, mean length in tokens, share cut off, and the share of each verdict, of all
+    ranks."""
+    ends = [(r.verdict.outcome, len(r.completion_ids), r.finish == "length") for r in rollouts]
+    outcomes, lengths, truncated = zip(*gather(ends), strict=True)
     return {
         "rollout/accuracy": outcomes.count("correct") / len(outcomes),
-        "rollout/length": statistics.fmean(len(rollout.completion_ids) for rollout in rollouts),
-        "rollout/truncated": statistics.fmean(rollout.finish == "length" for rollout in rollouts),
+        "rollout/length": statistics.fmean(lengths),
+        "rollout/truncated": statistics.fmean(truncated),
     } | {
         f"rollout/{outcome}": outcomes.count(outcome) / len(outcomes)
         for outcome in OUTCOMES

@@ -10,6 +10,7 @@ DIR/manifest.json         written last: only this says that the run is finished
 
 import contextlib
 import dataclasses
+import datetime
 import fcntl
 import hashlib
 import importlib.util
@@ -25,13 +26,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import tyro
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.tensorboard import SummaryWriter
+
+from common.logprob import full_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,11 +59,12 @@ POSITIVE = (
     *("num_steps", "prompts_per_step", "group_size", "max_new_tokens", "max_prompt_tokens"),
     *("temperature", "learning_rate", "max_grad_norm", "micro_batch_size", "chunk_size"),
     *("num_epochs", "num_minibatches", "keep_checkpoints", "topk_size"),
-    *("num_problems", "num_samples"),
+    *("num_problems", "num_samples", "jobs", "gpu_memory_gb"),
 )
 NOT_NEGATIVE = (
     *("seed", "warmup_steps", "weight_decay", "checkpoint_every", "eval_every", "max_refills"),
     *("kl_coef", "clip_low", "clip_high", "importance_cap", "top_k"),
+    *("stop_at_tokens", "stop_at_flops"),
 )
 
 
@@ -96,8 +103,14 @@ def start(main: Callable, args_type: type, description: str) -> None:
     except Stopped as stop:
         code, message = 128 + stop.number, f"{stop}; the same command goes on"
     if code:
-        print(message, file=sys.stderr)
+        print(f"rank {rank()}: {message}" if num_ranks() > 1 else message, file=sys.stderr)
+        if num_ranks() > 1:
+            sys.stdout.flush()
+            os._exit(code)  # torchrun ends the other ranks; to wait for them here could hang
         sys.exit(code)
+    if num_ranks() > 1:  # a group of one may be vLLM's own, which it ends itself
+        dist.barrier()  # a rank that closes its connections early takes the others down
+        dist.destroy_process_group()
 
 
 def parse(args_type: type, description: str):
@@ -143,6 +156,103 @@ class StopRequest:
 STOP = StopRequest()  # signal handlers belong to the process
 
 
+# === ranks ===
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def resolve_device(device: str) -> torch.device:
+    """auto takes a GPU if there is one; under torchrun each rank of a machine its own."""
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    check(torch.cuda.is_available(), "--device cuda, but torch sees no GPU; use --device cpu")
+    local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    check(local < count, f"--nproc_per_node is above the {count} GPUs of this machine")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def join_ranks(args) -> torch.device:
+    """This process's device. Under torchrun it joins the other ranks first, and the ranks after the
+    first print nothing; --cpu_offload shards the model too, by itself on one rank."""
+    device, launched = resolve_device(args.device), "WORLD_SIZE" in os.environ
+    if (launched or getattr(args, "cpu_offload", False)) and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        alone = {} if launched else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
+        # Ranks wait for one another's rollouts, which may take far longer than NCCL's 10 minutes.
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2), **alone)
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return device
+
+
+def sum_over_ranks(value: float) -> float:
+    """The same on all ranks, exact for counts."""
+    if num_ranks() == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total)
+    return type(value)(total.item())
+
+
+def max_over_ranks(value: int) -> int:
+    if num_ranks() == 1:
+        return value
+    largest = torch.tensor(value)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def sum_dicts_over_ranks(sums: dict[str, float]) -> dict[str, float]:
+    """Key by key; a rank without work has no keys."""
+    every = gather([sums])
+    names = dict.fromkeys(name for one in every for name in one)
+    return {name: sum(one.get(name, 0.0) for one in every) for name in names}
+
+
+def gather(items: list) -> list:
+    """The items of all ranks, in their order, on each of them."""
+    if num_ranks() == 1:
+        return items
+    parts: list = [None] * num_ranks()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def share_of(items: list, number: int, count: int) -> tuple[int, list]:
+    """The number-th of `count` slices of a list that all ranks hold, and where it begins."""
+    first, end = (len(items) * (number + i) // count for i in (0, 1))
+    return first, items[first:end]
+
+
+def on_first_rank(function: Callable):
+    """Call it on the first rank only; all ranks get what it returns."""
+    if num_ranks() == 1:
+        return function()
+    box = [function() if rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def on_first_of_host(function: Callable[[list], list], items: list) -> list:
+    """`function` over the items of all ranks of a machine, called by the first of them only; each
+    rank gets the results of its own items."""
+    if num_ranks() == 1:
+        return function(items)
+    every = gather([(rank() - int(os.environ["LOCAL_RANK"]), items)])
+    hosts = [host for host, _ in every]
+    together = [item for host, part in every if host == hosts[rank()] for item in part]
+    results = gather([function(together) if rank() == hosts[rank()] else []])[hosts[rank()]]
+    before = sum(len(part) for host, part in every[: rank()] if host == hosts[rank()])
+    return results[before : before + len(items)]
+
+
 # === files ===
 
 
@@ -186,8 +296,9 @@ def writing(folder: Path) -> Iterator[None]:
     """A full disk, or one that went away, ends a run in one line."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        raise RunFailure(f"cannot write to {folder}: {one_line(error)}") from error
+    except (OSError, SafetensorError, dcp.api.CheckpointException) as error:
+        causes = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
+        raise RunFailure(f"cannot write to {folder}: {one_line(causes[0])}") from error
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -237,7 +348,8 @@ def environment() -> dict[str, str]:
 
 # These say how a run is watched, not what it computes: they may differ when it is resumed.
 FREE = {"environment", "output_dir", "track", "checkpoint_every", "keep_checkpoints"}
-FREE |= {"skip_nonfinite", "vllm_gpu_memory", "enforce_eager"}
+FREE |= {"skip_nonfinite", "vllm_gpu_memory", "enforce_eager", "cpu_offload"}
+FREE |= {"activation_checkpointing", "tensor_parallel", "gpu_memory_gb"}
 
 
 def claim_folder(folder: Path, config: dict[str, object]) -> dict[str, object]:
@@ -278,15 +390,17 @@ class Progress:
     step: int = 0
     cursor: int = 0  # prompts drawn from the training stream
     generated_tokens: int = 0
+    flops: float = 0.0  # of the trained model: sampling, its updates, and in GRPO the reference's
+    teacher_flops: float = 0.0  # of a teacher: sampling and scoring
     verifier_calls: int = 0  # label uses, where the verdicts are the reward; monitoring elsewhere
     skipped_updates: int = 0  # whose loss or gradient was not finite
     seconds: float = 0.0
 
     def add_step(self, rollouts: list) -> None:
         self.step += 1
-        sampled = [rollout for rollout in rollouts if rollout.finish != "given"]
-        self.generated_tokens += sum(len(rollout.completion_ids) for rollout in sampled)
-        self.verifier_calls += len(rollouts)
+        lengths = [len(rollout.completion_ids) for rollout in rollouts if rollout.finish != "given"]
+        self.generated_tokens += sum_over_ranks(sum(lengths))
+        self.verifier_calls += sum_over_ranks(len(rollouts))
 
 
 class Clock:
@@ -323,29 +437,37 @@ class Run:
         self.script, self.args, self.folder = Path(script).stem, args, Path(args.output_dir)
         has_wandb = importlib.util.find_spec("wandb") is not None
         check(has_wandb or not args.track, "--track needs Weights & Biases: pip install wandb")
-        config = claim_folder(self.folder, {"script": self.script, **vars(args), **fingerprint})
-        self._lock = lock_folder(self.folder)
+        config = {"script": self.script, **vars(args), **fingerprint}
+        self.finished, self.checkpoint = on_first_rank(lambda: self._open(config))
         self.progress = Progress()
-        self.finished = (self.folder / "manifest.json").exists()
         if self.finished:
             print(f"{self.folder} is finished already")
             return
-        (self.folder / "checkpoints").mkdir(exist_ok=True)
-        (self.folder / "rollouts").mkdir(exist_ok=True)
-        self.checkpoint = self._newest_checkpoint()
         if self.checkpoint:
             self.progress = Progress(**json.loads((self.checkpoint / "progress.json").read_text()))
             print(f"resuming {self.folder} after step {self.progress.step}")
         self._completed = dataclasses.replace(self.progress)  # as of the last completed step
         self._saved_step, self._between_updates = self.progress.step, True
-        self._drop_metrics_after(self.progress.step)
-        self._board = SummaryWriter(self.folder / "tensorboard", purge_step=self.progress.step + 1)
-        self._wandb = None
-        if args.track:
+        self._board = self._wandb = None
+        if rank() == 0:
+            self._drop_metrics_after(self.progress.step)
+            path = self.folder / "tensorboard"
+            self._board = SummaryWriter(path, purge_step=self.progress.step + 1)
+        if args.track and rank() == 0:
             import wandb
 
             name = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:16]  # found again
             self._wandb = wandb.init(project=ROOT.name, id=name, config=config, resume="allow")
+
+    def _open(self, config: dict[str, object]) -> tuple[bool, Path | None]:
+        """Claim and lock the folder; whether it is finished, and what to resume from."""
+        claim_folder(self.folder, config)
+        self._lock = lock_folder(self.folder)
+        if (self.folder / "manifest.json").exists():
+            return True, None
+        (self.folder / "checkpoints").mkdir(exist_ok=True)
+        (self.folder / "rollouts").mkdir(exist_ok=True)
+        return False, self._newest_checkpoint()
 
     # --- checkpoints ---
 
@@ -372,29 +494,29 @@ class Run:
 
     def save_checkpoint(self, model, optimizer) -> None:
         """Model, optimizer and progress after the last completed step; older ones than the last K
-        are removed afterwards."""
+        are removed afterwards. Every rank writes its shards; any number of ranks can read them."""
         step = self._completed.step
         folder = self.folder / "checkpoints" / f"step_{step}"
         temporary = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
+        on_first_rank(lambda: shutil.rmtree(temporary, ignore_errors=True))
         with writing(folder):
-            model.save_pretrained(temporary)
-            save_file(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
-            save_file({"cpu": torch.get_rng_state()}, temporary / "rng.safetensors")
-            write_json(temporary / "progress.json", dataclasses.asdict(self._completed))
-            write_json(temporary / "checksums.json", checksums(temporary))
-            replace_folder(temporary, folder)
+            write_tensors(temporary, training_state(model, optimizer))
+            on_first_rank(lambda: self._complete_checkpoint(temporary, folder))
         self._saved_step = step
+
+    def _complete_checkpoint(self, temporary: Path, folder: Path) -> None:
+        save_file({"cpu": torch.get_rng_state()}, temporary / "rng.safetensors")
+        write_json(temporary / "progress.json", dataclasses.asdict(self._completed))
+        write_json(temporary / "checksums.json", checksums(temporary))
+        replace_folder(temporary, folder)
         for old in self._steps()[: -self.args.keep_checkpoints]:
             shutil.rmtree(self.folder / "checkpoints" / f"step_{old}")
 
     def restore(self, model, optimizer) -> None:
-        """Optimizer and RNG state of the checkpoint that is resumed, if one is. The model was
-        loaded from it already."""
+        """Model, optimizer and RNG state of the checkpoint that is resumed, if one is."""
         if self.checkpoint:
-            load_optimizer_tensors(
-                model, optimizer, load_file(self.checkpoint / "optimizer.safetensors")
-            )
+            prepare_state(optimizer)
+            read_tensors(self.checkpoint, training_state(model, optimizer))
             torch.set_rng_state(load_file(self.checkpoint / "rng.safetensors")["cpu"])
 
     # --- the loop ---
@@ -402,20 +524,36 @@ class Run:
     @contextlib.contextmanager
     def guard(self, model, optimizer) -> Iterator[None]:
         """Around the training loop: if a signal or a failure ends it while the model is that of the
-        last completed step, this step is saved."""
+        last completed step, this step is saved. (Not if one rank fails: a sharded model is saved by
+        all of them, and the others are elsewhere.)"""
         STOP.in_loop = True
         try:
             yield
-        except (Stopped, RunFailure):
-            if self._between_updates and self._completed.step > self._saved_step:
+        except (Stopped, RunFailure) as error:
+            together = num_ranks() == 1 or isinstance(error, Stopped)
+            if together and self._between_updates and self._completed.step > self._saved_step:
                 self.save_checkpoint(model, optimizer)
+            raise
+        except RuntimeError as error:
+            if num_ranks() > 1 and re.search("gloo|nccl|connection", str(error), re.IGNORECASE):
+                step = self._completed.step
+                message = f"another rank has ended after step {step} ({one_line(error)})"
+                raise RunFailure(message) from error
             raise
         finally:
             STOP.in_loop = False
 
     def _obey_signal(self) -> None:
-        if STOP.number is not None:
-            raise Stopped(STOP.number, f" after step {self._completed.step}")
+        """Ranks that saw the signal at different boundaries would wait for each other for ever."""
+        number = max_over_ranks(STOP.number or 0)
+        if number:
+            raise Stopped(number, f" after step {self._completed.step}")
+
+    def budget_is_spent(self) -> bool:
+        """Whether --stop_at_tokens or --stop_at_flops is reached."""
+        args, done = self.args, self.progress
+        tokens_spent = 0 < args.stop_at_tokens <= done.generated_tokens
+        return tokens_spent or 0 < args.stop_at_flops <= done.flops + done.teacher_flops
 
     def begin_update(self) -> None:
         """The phase boundary before the weights change."""
@@ -428,8 +566,9 @@ class Run:
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return True
         path = self.folder / f"nonfinite_step_{self.progress.step + 1}.jsonl"
+        rows = gather([rollout.row() for rollout in rollouts])
         with writing(self.folder):
-            write_jsonl(path, [rollout.row() for rollout in rollouts])
+            on_first_rank(lambda: write_jsonl(path, rows))
         if not self.args.skip_nonfinite:
             raise RunFailure(
                 f"step {self.progress.step + 1}: loss {loss}, gradient norm {grad_norm}; its batch "
@@ -443,20 +582,23 @@ class Run:
         step = self.progress.step
         self.progress.seconds += metrics["time/step"]
         metrics = metrics | {"optim/skipped": self.progress.skipped_updates}
-        row = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no nan
+        rows = gather([rollout.row() for rollout in rollouts])
         with writing(self.folder):
-            rows = [rollout.row() for rollout in rollouts]
-            write_jsonl(self.folder / "rollouts" / f"step_{step}.jsonl", rows)
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": step} | row) + "\n")
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
-        if self._wandb:
-            self._wandb.log(metrics, step=step)
+            on_first_rank(lambda: self._log(step, metrics, rows))
         self._completed, self._between_updates = dataclasses.replace(self.progress), True
         if self.args.checkpoint_every and step % self.args.checkpoint_every == 0:
             self.save_checkpoint(model, optimizer)
         self._obey_signal()
+
+    def _log(self, step: int, metrics: dict[str, float], rows: list[dict]) -> None:
+        write_jsonl(self.folder / "rollouts" / f"step_{step}.jsonl", rows)
+        row = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no nan
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step} | row) + "\n")
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(metrics, step=step)
 
     def _drop_metrics_after(self, step: int) -> None:
         path = self.folder / "metrics.jsonl"
@@ -470,35 +612,61 @@ class Run:
 
     def finish(self, model, tokenizer) -> None:
         """Save the final model; then, last of all, the manifest."""
-        temporary = self.folder / "final.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        manifest = {"script": self.script} | dataclasses.asdict(self.progress)
+        state = {
+            name: weight.cpu() if rank() == 0 else None
+            for name, weight in full_weights(model, torch.float32)
+        }
         with writing(self.folder):
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            replace_folder(temporary, self.folder / "final")
-            self._board.close()
-            write_json(self.folder / "manifest.json", manifest)
-        if self._wandb:
-            self._wandb.finish()
+            on_first_rank(lambda: self._save_final(model, state, tokenizer))
         print(
             f"finished {self.folder}: {self.progress.step} steps in {self.progress.seconds:.0f} s"
         )
 
+    def _save_final(self, model, state: dict[str, torch.Tensor], tokenizer) -> None:
+        temporary = self.folder / "final.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary, state_dict=state)
+        tokenizer.save_pretrained(temporary)
+        replace_folder(temporary, self.folder / "final")
+        self._board.close()
+        manifest = {"script": self.script} | dataclasses.asdict(self.progress)
+        write_json(self.folder / "manifest.json", manifest)
+        if self._wandb:
+            self._wandb.finish()
 
-def optimizer_tensors(model, optimizer) -> dict[str, torch.Tensor]:
-    """An optimizer's state by parameter name, for safetensors: a checkpoint holds no pickle."""
+
+# === tensors of a checkpoint ===
+
+
+def training_state(model, optimizer) -> dict[str, torch.Tensor]:
+    """What training changes, by name: parameters and optimizer state, sharded as they are."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}/{key}": value.contiguous()
+    return {name: parameter.detach() for parameter, name in names.items()} | {
+        f"optimizer/{names[parameter]}/{key}": value
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
 
 
-def load_optimizer_tensors(model, optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    parameters = dict(model.named_parameters())
-    for name, value in tensors.items():
-        parameter_name, _, key = name.rpartition("/")
-        parameter = parameters[parameter_name]
-        optimizer.state[parameter][key] = value.to(parameter.device)
+def prepare_state(optimizer) -> None:
+    """AdamW's state before its first step, to be read into."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": step, **moments}
+
+
+def write_tensors(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    """torch's distributed checkpoint as safetensors: its default format would unpickle. A file is
+    made in memory first, so there is one for every 4 GB."""
+    ends = accumulate(tensor.numel() * tensor.element_size() for tensor in state.values())
+    files = {name: 1 + int(end // 4e9) for name, end in zip(state, ends, strict=True)}
+    writer = dcp.HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
+    dcp.save(state, storage_writer=writer, no_dist=num_ranks() == 1)
+
+
+def read_tensors(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    """Into the tensors of `state`, however many ranks have written and are reading."""
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    dcp.load(state, storage_reader=reader, no_dist=num_ranks() == 1)

@@ -212,12 +212,17 @@ class Verifier:
         marker: as for `extract_answer`. free_form: a completion that marks no answer is compared as
         a whole, for bare answers and sentences; else it is `no_answer`.
         """
-        verdicts: list[Verdict | None] = []
+        answers = [extract_answer(completion, marker) for completion in completions]
+        if free_form:
+            whole = [answering_part(completion).strip() or None for completion in completions]
+            answers = [w if a is None else a for a, w in zip(answers, whole, strict=True)]
+        return self.compare(answers, golds)
+
+    def compare(self, answers: Sequence[str | None], golds: Sequence[str]) -> list[Verdict]:
+        """Whether each bare answer means what its gold answer does; None is `no_answer`."""
+        verdicts: list[Verdict] = []
         hard: dict[int, tuple[str, str]] = {}  # index -> (answer, gold), left to the workers
-        for i, (completion, gold) in enumerate(zip(completions, golds, strict=True)):
-            answer = extract_answer(completion, marker)
-            if answer is None and free_form:
-                answer = answering_part(completion).strip() or None
+        for i, (answer, gold) in enumerate(zip(answers, golds, strict=True)):
             same = None if answer is None else compare_cheaply(answer, gold.strip())
             if answer is not None and same is None:
                 hard[i] = (answer, gold)

@@ -57,7 +57,7 @@ def plant(site: str, number: float) -> None:
         at_call(logprob, "head_backward", number, die)
     elif site == "disk":  # in the middle of a checkpoint, or of any other write
         at_call(run, "sync_to_disk", number, die)
-    elif site == "optimizer file":
+    elif site == "between files":
         at_call(run, "save_file", number, die)
     elif site == "engine":
         at_call(rollout.TorchEngine, "generate", number, no_engine)

@@ -25,6 +25,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 def arguments(**own) -> SimpleNamespace:
     shared = {"backend": "auto", "vllm_gpu_memory": 0.4, "enforce_eager": False, "seed": 0}
+    shared |= {"tensor_parallel": 1}
     sizes = {"max_prompt_tokens": 32, "max_new_tokens": 8, "dtype": "float32"}
     return SimpleNamespace(**{"model": "Qwen/Qwen3-1.7B"} | shared | sizes | own)
 
@@ -97,6 +98,9 @@ class FakeLLM:
         self.calls.append("load")
         self.weights = {name: weight.clone() for name, weight in pairs}
 
+    def get_submodule(self, name):
+        return None  # shared with no other rank
+
     def named_parameters(self):
         self.calls.append("prove")
         return self.weights.items()
@@ -119,18 +123,6 @@ class FakeLLM:
         return [SimpleNamespace(outputs=[sample]) for _ in prompts]
 
 
-class OnGPU:
-    """A model that says so."""
-
-    device = CUDA
-
-    def __init__(self, model):
-        self.model = model
-
-    def __getattr__(self, name):
-        return getattr(self.model, name)
-
-
 @pytest.fixture
 def made(model, tokenizer, installed, monkeypatch):
     """An engine over a FakeLLM, as on a GPU."""
@@ -139,7 +131,8 @@ def made(model, tokenizer, installed, monkeypatch):
         installed("0.32.0", FakeLLM)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(module.VLLMEngine, "canary_difference", lambda self: (0.0, 0.0))
-        policy = OnGPU(model.requires_grad_(trained))
+        monkeypatch.setattr(module, "device_of", lambda model: CUDA)
+        policy = model.requires_grad_(trained)
         return make_engine("vllm", policy, tokenizer, [prompt_of("1", [5, 6])], arguments())
 
     return make
@@ -220,6 +213,9 @@ class Engine(torch.nn.Module):
 
     def named_parameters(self):
         return self.tensors.items()
+
+    def get_submodule(self, name):
+        return None  # shared with no other rank
 
 
 def packed(model, dtype=torch.float32) -> dict[str, torch.Tensor]:

@@ -1,13 +1,44 @@
-"""Statistics against enumeration and theory."""
+"""Statistics against enumeration, scipy and theory; resuming; the page of samples."""
 
-from itertools import combinations
+import json
+import random
+from html.parser import HTMLParser
+from itertools import combinations, product
 
 import numpy as np
 import pytest
+from conftest import SEED, prompt_of, prompts_of_many_lengths
+from scipy.stats import bootstrap
 
-from common.rollout import Rollout
-from common.verifier import Verdict
-from evaluate import cluster_interval, pass_at, summarise
+import evaluate
+from common.rollout import Rollout, TorchEngine
+from common.run import UserError
+from common.verifier import Verdict, Verifier
+from evaluate import (
+    cluster_interval,
+    majority_votes,
+    paired_difference,
+    pass_at,
+    sample_benchmark,
+    samples_page,
+    summarise,
+)
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    with Verifier() as pool:
+        yield pool
+
+
+def graded(answers: list[str | None], gold: str, verifier) -> list[Rollout]:
+    """Rollouts that gave these answers."""
+    texts = ["no answer" if a is None else rf"\boxed{{{a}}}" for a in answers]
+    verdicts = verifier.grade(texts, [gold] * len(texts))
+    return [
+        Rollout([1], [2], None, "eos", text, "problem", gold, verdict=verdict)
+        for text, verdict in zip(texts, verdicts, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("num_samples", [1, 4, 6])
@@ -48,6 +79,159 @@ def test_interval_covers_the_truth():
     assert 180 <= covered <= 198
 
 
+def test_interval_is_scipys_percentile_bootstrap():
+    values = np.random.default_rng(1).beta(0.5, 1, size=80)
+    options = {"method": "percentile", "n_resamples": 20_000, "random_state": 0}
+    theirs = bootstrap((values,), np.mean, **options).confidence_interval
+    assert cluster_interval(values.tolist(), draws=20_000) == pytest.approx(list(theirs), abs=0.003)
+
+
+def test_majority_is_the_enumeration_of_random_ties(verifier):
+    """Every way in which three samples can be right (4), give one of two wrong answers, or none."""
+    for answers in product(["4", "7", "9", None], repeat=3):
+        votes = {a: answers.count(a) for a in answers if a is not None}
+        winners = [a for a in votes if votes[a] == max(votes.values())]
+        expected = winners.count("4") / len(winners) if winners else 0.0
+        assert majority_votes(verifier, graded(list(answers), "4", verifier), 3) == [expected]
+
+
+def test_votes_of_equal_answers_are_one_candidate(verifier):
+    groups = [
+        ["3", "1/2", "0.5", "7"],  # 2 votes for a half beat the right answer
+        ["1/2", "0.5", "7", "7"],  # gold 1/2: both forms are right; a tie with 7
+        ["3", "3", r"\frac{1}{2}", "0.5"],  # a tie
+        ["3", "7", "x+1", "1+x"],  # two wrong votes for one expression
+        ["7", "8", "9", None],
+    ]
+    golds = ["3", "1/2", "3", "3", "3"]
+    rows = [graded(group, gold, verifier) for group, gold in zip(groups, golds, strict=True)]
+    votes = majority_votes(verifier, [rollout for group in rows for rollout in group], 4)
+    assert votes == [0.0, 0.5, 0.5, 0.0, 0.0]
+
+
+def test_an_answer_that_cannot_be_compared_stands_by_its_text(verifier):
+    """It is not sent to the workers again, where it would cost its deadline once a pair."""
+    answers = ["9^{9^{9^9}}", "9^{9^{9^9}}", "3", None]
+    verdicts = [Verdict("timeout", a) if "9" in str(a) else Verdict("correct", a) for a in answers]
+    verdicts[3] = Verdict("no_answer")
+    rollouts = [Rollout([1], [2], None, "eos", "", verdict=verdict) for verdict in verdicts]
+    assert majority_votes(verifier, rollouts, 4) == [0.0]
+
+
+def test_paired_difference_is_narrower_than_two_intervals():
+    """Two models whose problems are hard or easy together: the pairing takes that out."""
+    rng = np.random.default_rng(SEED)
+    difficulty = rng.beta(0.5, 0.5, size=200)
+    counts = [rng.binomial(16, np.clip(difficulty + shift, 0, 1)) for shift in (0.05, 0.0)]
+    a, b = (
+        {
+            "num_samples": 16,
+            "correct_counts": c.tolist(),
+            "majority_votes": (1.0 * (c > 8)).tolist(),
+        }
+        for c in counts
+    )
+    difference, (low, high) = paired_difference(a, b)["avg@16"]
+    assert difference == pytest.approx((counts[0] - counts[1]).mean() / 16)
+    assert low < difference < high
+    alone = cluster_interval((counts[0] / 16).tolist())
+    assert high - low < 0.5 * (alone[1] - alone[0])
+
+
+class Cut(Exception):
+    pass
+
+
+class CutEngine(TorchEngine):
+    """Dies in its third batch."""
+
+    calls = 0
+
+    def generate(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == 3:
+            raise Cut
+        return super().generate(*args, **kwargs)
+
+
+@pytest.mark.parametrize("torn", ["", '{"problem": "1+1", "answ', "\0" * 40])
+def test_a_run_that_was_cut_off_goes_on_where_it_stopped(
+    model, tokenizer, verifier, tmp_path, torn
+):
+    prompts = [
+        prompt_of(f"p{i}", ids) for i, ids in enumerate(prompts_of_many_lengths(tokenizer, 9))
+    ]
+    args = evaluate.Args(num_samples=2, max_new_tokens=6)
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    engine = TorchEngine(model, tokenizer, batch_size=4)
+    expected = sample_benchmark(engine, verifier, prompts, args, (1, 0), whole)
+    with pytest.raises(Cut):
+        sample_benchmark(
+            CutEngine(model, tokenizer, batch_size=4), verifier, prompts, args, (1, 0), cut
+        )
+    kept = cut.read_text()
+    assert kept.count("\n") == 8
+    assert whole.read_text().startswith(kept)
+    cut.write_text(kept + torn)
+    engine = CutEngine(model, tokenizer, batch_size=4)
+    engine.calls = 3  # the batches that are left
+    resumed = sample_benchmark(engine, verifier, prompts, args, (1, 0), cut)
+    assert engine.calls == 6
+    assert cut.read_bytes() == whole.read_bytes()
+    assert [r.row() for r in resumed] == [r.row() for r in expected]
+    sample_benchmark(engine, verifier, prompts, args, (1, 0), cut)
+    assert engine.calls == 6  # nothing is left to sample
+
+
+class Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.text = [], ""
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_shows_completions_and_runs_none_of_them(verifier):
+    hostile = [
+        "</pre><script>alert(1)</script>",
+        '"><img src=x onerror=alert(1)>',
+        "5 < 6 &amp; 7",
+        "4",
+    ]
+    rollouts = graded(hostile, "4", verifier)
+    page = Page()
+    page.feed(samples_page("<b>model</b>", {"<i>name</i>": rollouts}, 2))
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "img", "b", "i", "link", "iframe"})
+    assert not any("src" in attributes or "href" in attributes for _, attributes in page.tags)
+    for rollout in rollouts:
+        assert rollout.text in page.text
+    classes = [attributes.get("class") for tag, attributes in page.tags if tag == "div"]
+    assert classes == [f"sample {rollout.verdict.outcome}" for rollout in rollouts]
+    assert "1/2 right" in page.text
+
+
+def test_compare_wants_the_same_problems(tmp_path, capsys):
+    results = {}
+    for name, problems in (("a", ["p", "q"]), ("b", ["p", "q"]), ("c", ["p", "r"])):
+        rng = random.Random(name)
+        counts = [rng.randrange(5) for _ in problems]
+        results[name] = {"num_samples": 4, "num_problems": 2, "problems": problems}
+        results[name] |= {"correct_counts": counts, "majority_votes": [0.0, 1.0]}
+        (tmp_path / name).mkdir()
+        text = json.dumps({"benchmarks": {"toy": results[name]}})
+        (tmp_path / name / "results.json").write_text(text)
+    evaluate.main(evaluate.Args(compare=(str(tmp_path / "a"), str(tmp_path / "b"))))
+    expected = sum(results["a"]["correct_counts"]) - sum(results["b"]["correct_counts"])
+    assert f"= {100 * expected / 8:+.1f} points" in capsys.readouterr().out
+    for other, message in (("c", "did not ask the same problems"), ("d", "does not exist")):
+        with pytest.raises(UserError, match=message):
+            evaluate.main(evaluate.Args(compare=(str(tmp_path / "a"), str(tmp_path / other))))
+
+
 def test_summary():
     """Two problems, four samples: 3 and 1 right."""
     outcomes = [
@@ -64,7 +248,7 @@ def test_summary():
     for n, outcome in enumerate(outcomes):
         finish = "length" if outcome == "no_answer" else "eos"
         rollouts.append(Rollout([1], [2] * (n + 1), None, finish, "", verdict=Verdict(outcome)))
-    result = summarise(rollouts, 4)
+    result = summarise(rollouts, [1.0, 0.5], 4)
     assert result["accuracy"] == 0.5
     assert result["pass_at"][1] == 0.5
     assert result["pass_at"][2] == pytest.approx((1.0 + 0.5) / 2)
@@ -73,4 +257,6 @@ def test_summary():
     assert result["rollout/wrong"] == 2 / 8
     assert result["rollout/timeout"] == 1 / 8
     assert result["generated_tokens"] == 36
+    assert result["correct_counts"] == [3, 1]
+    assert result["majority"] == 0.75
     assert result["accuracy_interval"] == [0.25, 0.75]

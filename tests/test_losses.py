@@ -384,7 +384,8 @@ def test_the_loss_tokens_are_the_completions(rollouts, module):
             positions = batch.mask[b].nonzero().squeeze(-1).tolist()
             assert [sequence[t + 1] for t in positions] == rollout.completion_ids
             assert batch.input_ids[b, : len(sequence) - 1].tolist() == sequence[:-1]
-        spread = grpo.spread(batch, [float(i) for i in range(len(batch.rollouts))]).tolist()
+            rollout.advantage = float(b)
+        spread = grpo.spread(batch, "advantage").tolist()
         assert spread == [
             float(i) for i, rollout in enumerate(batch.rollouts) for _ in rollout.completion_ids
         ]

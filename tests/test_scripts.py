@@ -107,8 +107,13 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, script):
     done = run(script, *flags, "--output_dir", cut)
     assert done.returncode == 0, done.stderr
     assert "after step 2" in done.stdout
-    for name in ("final/model.safetensors", "checkpoints/step_4/optimizer.safetensors"):
-        assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    name = "checkpoints/step_4/shard-00001-model-00001-of-00001.safetensors"
+    resumed, expected = load_file(cut / name), load_file(tmp_path / "whole" / name)
+    assert resumed.keys() == expected.keys()
+    assert all(resumed[name].equal(expected[name]) for name in expected)  # the optimizer's too
+    assert any(name.startswith("optimizer/") for name in expected)
+    final = "final/model.safetensors"
+    assert (cut / final).read_bytes() == (tmp_path / "whole" / final).read_bytes()
     timeless = [
         [{k: v for k, v in row.items() if not k.startswith("time/")} for row in metrics_of(folder)]
         for folder in (cut, tmp_path / "whole")
@@ -143,6 +148,37 @@ def test_sft_on_given_rollouts(trained, tmp_path):
     losses = [row["loss/total"] for row in metrics_of(tmp_path / "sft")]
     assert losses[-1] < losses[0]
     assert json.loads((tmp_path / "sft" / "manifest.json").read_text())["generated_tokens"] == 0
+
+
+def test_only_right_answers_teach_where_asked(tmp_path):
+    """A model tuned on its own right answers: the others are not trained on, nor counted."""
+    flags = [*SMALL, "--num_steps", "3", "--model", "toy/teacher", "--hard_labels"]
+    done = run("fkl_warmup", *flags, "--correct_only", "--output_dir", tmp_path / "right")
+    assert done.returncode == 0, done.stderr
+    assert run("fkl_warmup", *flags, "--output_dir", tmp_path / "all").returncode == 0
+    of = {n: json.loads((tmp_path / n / "manifest.json").read_text()) for n in ("right", "all")}
+    assert of["right"]["verifier_calls"] == of["all"]["verifier_calls"]
+    assert of["right"]["flops"] < of["all"]["flops"]
+    rows = metrics_of(tmp_path / "right")
+    assert 0 < rows[0]["rollout/accuracy"] < 1
+    assert rows[0]["loss/total"] != metrics_of(tmp_path / "all")[0]["loss/total"]
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_a_budget_ends_a_run(trained, tmp_path, script):
+    """After the step that reaches it; and a resumed run does not begin another."""
+    flags = [*SMALL, "--num_steps", "9"]
+    spent = json.loads((trained / script / "manifest.json").read_text())  # of two steps
+    tokens = spent["generated_tokens"] / 2 + 1
+    flops = (spent["flops"] + spent["teacher_flops"]) / 2
+    for flag, value in (("--stop_at_tokens", int(tokens)), ("--stop_at_flops", 1.5 * flops)):
+        folder = tmp_path / flag
+        assert run(script, *flags, flag, value, "--output_dir", folder).returncode == 0
+        manifest = json.loads((folder / "manifest.json").read_text())
+        used = {"--stop_at_tokens": manifest["generated_tokens"]}
+        used["--stop_at_flops"] = manifest["flops"] + manifest["teacher_flops"]
+        assert used[flag] >= value
+        assert manifest["step"] <= 3
 
 
 def test_evaluate(tmp_path):
@@ -189,7 +225,11 @@ CASES = [(script, *case) for script in TRAINERS for case in BAD] + [
     ("opd", "--lr_schedule triangular", "triangular"),
     ("opd", "--no_such_flag 1", "no_such_flag"),
     ("evaluate", "--num_samples 2.5", "2.5"),
-    ("bridge", "--seed one", "one"),
+    ("bridge", "--seeds one", "one"),
+    ("bridge", "--seeds 1 -1", "--seeds -1 is negative"),
+    ("bridge", "--seeds 1 1", "a seed stands twice"),
+    ("bridge", "--routes warm", "warm"),
+    ("evaluate", "--compare a b", "a/results.json does not exist"),
     ("opd", "--dataset broken.jsonl", "broken.jsonl, line 3"),
     ("opd", "--dataset latin.jsonl", "latin.jsonl"),
     ("opd", "--dataset twice.jsonl", "twice.jsonl, line 1: not JSON (a column stands twice)"),

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import SEED, prompt_of, tiny_model
+from safetensors.torch import load_file
 
 from common import rollout as module
 from common.model import load_model
@@ -29,6 +30,7 @@ from common.run import ROOT, RunFailure, UserError
 pytestmark = pytest.mark.vllm
 CPU = torch.device("cpu")
 FLAGS = {"backend": "vllm", "vllm_gpu_memory": 0.4, "enforce_eager": True, "seed": 0}
+FLAGS |= {"tensor_parallel": 1}
 SIZES = {"max_prompt_tokens": 256, "max_new_tokens": 64}
 
 
@@ -359,6 +361,7 @@ def test_trainers(script, tmp_path):
     flags = "--backend vllm --num_steps 2 --prompts_per_step 4 --group_size 4 --warmup_steps 0"
     done = run_script(script, f"{flags} --output_dir {tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
     assert "vLLM holds the weights" in done.stdout
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 2
@@ -381,3 +384,45 @@ def test_evaluate(tmp_path):
         results[backend] = saved["benchmarks"]["toy"]
     difference = results["vllm"]["accuracy"] - results["torch"]["accuracy"]
     assert abs(difference) < 0.09  # 1,024 samples each: a standard error of about 2 points
+
+
+# === ranks ===
+
+OPD = ["--prompts_per_step", "5", "--group_size", "4", "--num_steps", "3", "--warmup_steps", "1"]
+VLLM = ["--backend", "vllm", "--enforce_eager", "--max_prompt_tokens", "64"]
+
+
+def run_opd(folder, ranks: int, *flags: str) -> list[dict]:
+    """The metrics of opd.py on the toy under gloo ranks."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command = [sys.executable, *(launch if ranks > 1 else []), str(ROOT / "opd.py"), *OPD, *flags]
+    done = subprocess.run(
+        [*command, "--output_dir", str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one_rank") / "run"
+    return folder, run_opd(folder, 1, *VLLM)
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_engines_inside_ranks(one_rank, tmp_path, tensor_parallel):
+    """Two ranks with an engine each, and two that share one: every parameter is proven (a rank's
+    slices, where it holds slices), and they train as one rank with one engine does."""
+    folder, expected = one_rank
+    rows = run_opd(tmp_path / "run", 2, *VLLM, "--tensor_parallel", str(tensor_parallel))
+    for row, other in zip(rows, expected, strict=True):
+        assert row["sync/parameters"] == other["sync/parameters"]
+        assert row["sync/canary_max"] < CANARY_LIMIT[torch.float32]
+        assert row["rollout/length"] == other["rollout/length"]
+        assert row["policy/reverse_kl"] == pytest.approx(other["policy/reverse_kl"], rel=1e-4)
+    a, b = (load_file(run / "final" / "model.safetensors") for run in (folder, tmp_path / "run"))
+    assert max(((a[name] - b[name]).norm() / a[name].norm()).item() for name in a) < 1e-4

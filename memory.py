@@ -1,0 +1,219 @@
+"""How much memory a run needs, computed from the models' configs before anything is loaded.
+
+Every number is of one rank, in bytes. What is counted, with P parameters, R ranks, c bytes of the
+compute type (4 or 2), B sequences of T tokens in a micro-batch, D hidden, V vocabulary:
+
+    weights, gradients, optimizer    4 P / R, 4 P / R, 8 P / R; in host memory with --cpu_offload
+    frozen models                    c P / R each
+    gathered                         two layers and embedding and head at a time, where sharded
+    activations                      of one layer and every layer's input with checkpointing, or all
+    head                             a compute copy, its float32 gradient, and a chunk of logits
+    sampling                         vLLM's share of the GPU, or the gathered model and its cache
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
+
+from common.model import model_path
+from common.run import check
+
+GB = 1e9
+FIXED = 2 * GB  # CUDA context, communication buffers, fragmentation: an allowance, not measured
+
+# hidden, layers, heads, key-value heads, intermediate, tied: for a plan without the network.
+QWEN3 = {
+    "Qwen/Qwen3-0.6B": (1024, 28, 16, 8, 3072, True),
+    "Qwen/Qwen3-1.7B": (2048, 28, 16, 8, 6144, True),
+    "Qwen/Qwen3-4B": (2560, 36, 32, 8, 9728, True),
+    "Qwen/Qwen3-8B": (4096, 36, 32, 8, 12288, False),
+    "Qwen/Qwen3-14B": (5120, 40, 40, 8, 17408, False),
+    "Qwen/Qwen3-32B": (5120, 64, 64, 8, 25600, False),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the plan needs to know of a model."""
+
+    params: int  # tied ones once
+    layer: int  # parameters of one decoder layer
+    layers: int
+    hidden: int
+    vocab: int
+    inner: int  # width of the MLP
+    qk: int  # width of queries and keys together
+    kv: int  # width of keys and values together
+    qk_norm: bool
+
+    @property
+    def rest(self) -> int:
+        return self.params - self.layers * self.layer
+
+    def activations(self, c: int) -> int:
+        """Bytes a token and layer that autograd keeps (attention without its T x T scores)."""
+        norms = 16 * self.hidden + 2 * c * self.hidden
+        attention = 2 * c * self.qk + (8 * self.qk if self.qk_norm else 0)
+        return norms + attention + 4 * c * self.inner
+
+
+@cache
+def shape_of(name: str) -> Shape | None:
+    """From the model's config.json, here or in the hub's cache, or a known Qwen3; else None."""
+    path = model_path(name)
+    if (Path(path) / "config.json").exists() or try_to_load_from_cache(path, "config.json"):
+        config = AutoConfig.from_pretrained(path)
+    elif name in QWEN3:
+        hidden, layers, heads, kv_heads, inner, tied = QWEN3[name]
+        config = Qwen3Config(
+            vocab_size=151_936,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=128,
+            intermediate_size=inner,
+            tie_word_embeddings=tied,
+        )
+    else:
+        return None
+    return shape_of_config(config)
+
+
+def shape_of_config(config) -> Shape:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layer = model.get_decoder().layers[0]
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv = config.num_key_value_heads * head_size
+    return Shape(
+        params=sum(p.numel() for p in model.parameters()),
+        layer=sum(p.numel() for p in layer.parameters()),
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        vocab=config.vocab_size,
+        inner=config.intermediate_size,
+        qk=heads * head_size + kv,
+        kv=2 * kv,
+        qk_norm=any("q_norm" in name for name, _ in layer.named_modules()),
+    )
+
+
+@dataclass(frozen=True)
+class Item:
+    name: str
+    size: float  # bytes
+    where: str = "device"  # or "host"
+    phase: str = "always"  # or "update", "sampling"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The items of one rank, and what they come to."""
+
+    items: list[Item]
+
+    def peak(self, phase: str) -> float:
+        of_phase = ("always", phase)
+        return sum(i.size for i in self.items if i.where == "device" and i.phase in of_phase)
+
+    @property
+    def device(self) -> float:
+        return max(self.peak("update"), self.peak("sampling"))
+
+    @property
+    def host(self) -> float:
+        return sum(item.size for item in self.items if item.where == "host")
+
+    def table(self, gpu_memory: float | None) -> str:
+        """Each item in GB, what they come to, and whether it fits a GPU of so many bytes."""
+        lines = [
+            f"{i.size / GB:8.2f}  {i.where:6}  {i.name}" + f" ({i.phase})" * (i.phase != "always")
+            for i in self.items
+        ]
+        lines.append(f"{self.peak('update') / GB:8.2f}  device  in the update")
+        lines.append(f"{self.peak('sampling') / GB:8.2f}  device  while sampling")
+        lines.append(f"{self.host / GB:8.2f}  host")
+        if gpu_memory:
+            fits = "fits" if self.device <= gpu_memory else "does NOT fit"
+            lines.append(f"{fits} a GPU of {gpu_memory / GB:.0f} GB")
+        return "\n".join(lines)
+
+
+def plan(
+    args,
+    trained: Shape,
+    frozen: Sequence[Shape],
+    sampled: Shape,
+    ranks: int,
+    gpu_memory: float | None = None,
+) -> Plan:
+    """The plan of a trainer with these Args, whose rollouts come from `sampled`. gpu_memory: bytes
+    of each rank's GPU; None on a CPU."""
+    c = {"float32": 4, "bfloat16": 2}[args.dtype]
+    sharded, home = ranks > 1 or args.cpu_offload, "host" if args.cpu_offload else "device"
+    own = trained.params / ranks
+    items = [
+        Item("weights, float32", 4 * own, home),
+        Item("gradients, float32", 4 * own, home, "always" if home == "host" else "update"),
+        Item("AdamW's moments, float32", 8 * own, home),
+    ]
+    items += [Item("frozen model", c * shape.params / ranks, home) for shape in frozen]
+    if sharded:
+        gathered = max(c * (2 * s.layer + s.rest) for s in (trained, *frozen))
+        items.append(Item("gathered layers, embedding, head", gathered, phase="update"))
+        gradients = (c + 4) * trained.layer
+        items.append(Item("gradients of a gathered layer", gradients, phase="update"))
+    elif c == 2:
+        copies = c * trained.layers * trained.layer
+        items.append(Item("bfloat16 copies of the weights", copies, phase="update"))
+    length = args.max_prompt_tokens + args.max_new_tokens
+    tokens = args.micro_batch_size * length
+    per_layer = trained.activations(c)
+    kept = per_layer * trained.layers
+    if args.activation_checkpointing:
+        kept = per_layer + c * trained.hidden * trained.layers
+    kept += 8 * trained.hidden + 4 * c * trained.inner  # outside the layers; backward's temporaries
+    items.append(Item("activations", tokens * kept, phase="update"))
+    head = trained.vocab * trained.hidden
+    copy = (4 * head if sharded else 0) + (c * head if sharded or c == 2 else 0)
+    copy += sum(c * s.vocab * s.hidden for s in frozen if sharded)
+    chunk = min(args.chunk_size, args.micro_batch_size * args.max_new_tokens)
+    # OPD and FKL hold float32 log-probs of student and teacher, and their gradients.
+    logits = chunk * trained.vocab * (2 * c if hasattr(args, "kl_coef") else 3 * c + 24)
+    items.append(Item("head: copies, gradient, chunk of logits", copy + logits, phase="update"))
+    if gpu_memory and args.backend != "torch":
+        share = args.vllm_gpu_memory * gpu_memory
+        items.append(Item("vLLM, asleep during the update", share, phase="sampling"))
+    else:
+        rows = min(512, max(1, args.prompts_per_step * args.group_size // ranks))
+        cache = rows * length * sampled.layers * sampled.kv * c
+        gathered = c * sampled.params if sharded or c == 2 else 0
+        items.append(Item("sampling: model and cache", gathered + cache, phase="sampling"))
+    if gpu_memory:
+        items.append(Item("CUDA context and fragmentation (allowance)", FIXED))
+    return Plan(items)
+
+
+def print_plan(args, trained: str, frozen: Sequence[str], sampled: str) -> None:
+    """What a trainer's --dry_run shows: the plan of each rank of this torchrun."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    shapes = {name: shape_of(name) for name in (trained, *frozen)}
+    missing = [name for name, shape in shapes.items() if shape is None]
+    check(not missing, f"no memory plan: no config at hand of {', '.join(missing)}; download it")
+    size = args.gpu_memory_gb * GB if args.gpu_memory_gb else None
+    if size is None and torch.cuda.is_available() and args.device != "cpu":
+        size = torch.cuda.get_device_properties(0).total_memory
+    of_frozen = [shapes[name] for name in frozen]
+    planned = plan(args, shapes[trained], of_frozen, shapes[sampled], ranks, size)
+    print(f"memory plan of {trained}, GB for each of {ranks} ranks: computed, not measured")
+    print(planned.table(size))

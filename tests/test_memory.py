@@ -1,0 +1,132 @@
+"""The memory plan against what is measured on a CPU, with the shapes of two real models."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import LlamaConfig, Qwen3Config
+
+import grpo
+import memory
+from common.run import ROOT, UserError
+
+SHAPES = {
+    "SmolLM2-135M": LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    ),
+    "Qwen3-0.6B": Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+    ),
+}
+# sequences, prompt tokens, completion tokens, activation checkpointing
+BATCHES = {"SmolLM2-135M": (3, 64, 448, False), "Qwen3-0.6B": (1, 64, 192, True)}
+
+UPDATE = """
+import json, sys
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+import grpo
+from common.model import _recompute_activations
+from common.rollout import Rollout
+
+def peak():  # of resident memory, bytes
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+config, (count, prompt, completion), flags = json.loads(sys.argv[1])
+args = grpo.Args(**flags)
+before = peak()
+config = AutoConfig.for_model(**config)
+torch.manual_seed(0)
+model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+_recompute_activations(model, args)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+rollouts = []
+for i in range(count):
+    ids = torch.randint(config.vocab_size, (prompt + completion,)).tolist()
+    rollouts.append(Rollout(ids[:prompt], ids[prompt:], -torch.ones(completion), "eos", ""))
+    rollouts[-1].advantage = 1.0 if i % 2 else -1.0
+for _ in range(2):
+    grpo.backward(model, None, rollouts, args)
+    optimizer.step()
+    optimizer.zero_grad()
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_plan_is_within_15_percent_of_the_measured_peak(name):
+    count, prompt, completion, again = BATCHES[name]
+    flags = {"max_prompt_tokens": prompt, "max_new_tokens": completion, "micro_batch_size": count}
+    flags |= {"kl_coef": 0.0, "chunk_size": 512, "activation_checkpointing": again}
+    sizes = (count, prompt, completion)
+    done = subprocess.run(
+        [sys.executable, "-c", UPDATE, json.dumps([SHAPES[name].to_dict(), sizes, flags])],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    measured = float(done.stdout)
+    shape = memory.shape_of_config(SHAPES[name])
+    planned = memory.plan(grpo.Args(**flags), shape, [], shape, ranks=1).peak("update")
+    print(f"{name}: {measured / 1e9:.2f} GB measured, {planned / 1e9:.2f} GB planned")
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+def test_known_shapes_have_their_size():
+    """Parameters as their model cards say."""
+    for name, params in (("0.6B", 0.596), ("1.7B", 1.72), ("8B", 8.19), ("14B", 14.77)):
+        shape = memory.shape_of(f"Qwen/Qwen3-{name}")
+        assert shape.params / 1e9 == pytest.approx(params, rel=0.01)
+
+
+def plan_of(name: str, ranks: int, **flags) -> memory.Plan:
+    shape = memory.shape_of(name)
+    own = {"dtype": "bfloat16", "max_prompt_tokens": 3072, "max_new_tokens": 16384}
+    own |= {"micro_batch_size": 1, "activation_checkpointing": True, "chunk_size": 1024}
+    args = grpo.Args(**own | flags)
+    return memory.plan(args, shape, [shape], shape, ranks, gpu_memory=80e9)
+
+
+def test_an_8b_teacher_fits_one_gpu_with_its_states_in_host_memory_only():
+    states = 16 * memory.shape_of("Qwen/Qwen3-8B").params
+    assert states / 1e9 == pytest.approx(131, rel=0.01)
+    assert plan_of("Qwen/Qwen3-8B", 1).device > 80e9
+    offloaded = plan_of("Qwen/Qwen3-8B", 1, cpu_offload=True)
+    assert offloaded.device < 80e9
+    assert offloaded.host > states
+    assert plan_of("Qwen/Qwen3-8B", 8).device < 80e9
+
+
+def test_ranks_divide_what_is_sharded_and_nothing_else():
+    one, eight = plan_of("Qwen/Qwen3-8B", 2), plan_of("Qwen/Qwen3-8B", 16)
+    for a, b in zip(one.items, eight.items, strict=True):
+        divided = any(word in a.name for word in ("float32", "frozen")) and "head" not in a.name
+        assert b.size == pytest.approx(a.size / 8 if divided else a.size), a.name
+
+
+def test_dry_run_says_whether_it_fits_and_loads_nothing(capsys, tmp_path):
+    flags = {"model": "Qwen/Qwen3-8B", "learning_rate": 1e-6, "dtype": "bfloat16"}
+    own = {"dry_run": True, "gpu_memory_gb": 80.0, "output_dir": str(tmp_path / "run")}
+    grpo.main(grpo.Args(**flags, **own))
+    printed = capsys.readouterr().out
+    assert "does NOT fit a GPU of 80 GB" in printed
+    assert "computed, not measured" in printed
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="no config at hand of some/model"):
+        grpo.main(grpo.Args(**flags | {"model": "some/model"}, **own))

@@ -1,0 +1,171 @@
+"""Several ranks (gloo, on a CPU) against one: the same trajectory, checkpoints, failures."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from common.run import ROOT
+
+SIZES = ["--prompts_per_step", "5", "--group_size", "4", "--max_new_tokens", "24"]
+STEPS = ["--num_steps", "5", "--warmup_steps", "1", "--checkpoint_every", "2"]
+SMALL = [*SIZES, *STEPS, "--micro_batch_size", "3"]  # 12 and 8 sequences: 4 and 3 micro-batches
+TRAINERS = {
+    # Groups that agree are redrawn, and cost no update: ranks have unequal work everywhere.
+    "grpo": [
+        *(*SMALL, "--model", "toy/student", "--kl_coef", "0", "--num_minibatches", "2"),
+        *("--dynamic_sampling", "--activation_checkpointing", "--learning_rate", "3e-4"),
+    ],
+    "opd": [*SMALL, "--eval_every", "5"],
+    "fkl_warmup": SMALL,
+}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def command(ranks: int, script: str, *flags) -> list[str]:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    path = str(ROOT / f"{script}.py")
+    return [sys.executable, *(launch if ranks > 1 else []), path, *map(str, flags)]
+
+
+def run(ranks: int, script: str, *flags) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        command(ranks, script, *flags), capture_output=True, text=True, env=ENVIRONMENT, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def largest_difference(one, other) -> float:
+    """Over tensors, relative: |a - b| / |a|."""
+    a, b = (load_file(folder / "final" / "model.safetensors") for folder in (one, other))
+    assert a.keys() == b.keys()
+    return max(((a[name] - b[name]).norm() / a[name].norm()).item() for name in a)
+
+
+def metrics_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """trainer -> its folders after five steps at one rank and at two."""
+    root = tmp_path_factory.mktemp("ranks")
+    folders = {script: {n: root / f"{script}_{n}" for n in (1, 2)} for script in TRAINERS}
+    for script, by_ranks in folders.items():
+        for ranks, folder in by_ranks.items():
+            done = run(ranks, script, *TRAINERS[script], "--output_dir", folder)
+            assert done.stdout.count("finished ") == 1  # the other ranks are silent
+    return folders
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_two_ranks_follow_the_trajectory_of_one(runs, script):
+    one, two = runs[script][1], runs[script][2]
+    assert largest_difference(one, two) <= 1e-5
+    for step in range(1, 6):
+        name = f"rollouts/step_{step}.jsonl"
+        rows = [sorted((folder / name).read_text().splitlines()) for folder in (one, two)]
+        assert rows[0] == rows[1]
+    for row, other in zip(metrics_of(one), metrics_of(two), strict=True):
+        assert row.keys() == other.keys()
+        for name in (name for name in row if not name.startswith("time/")):
+            assert other[name] == pytest.approx(row[name], rel=1e-3, abs=1e-5), name
+    counts = [json.loads((folder / "manifest.json").read_text()) for folder in (one, two)]
+    assert counts[0] | {"seconds": 0} == pytest.approx(counts[1] | {"seconds": 0})
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_checkpoint_loads_on_another_number_of_ranks(runs, tmp_path, before, after):
+    folder = tmp_path / "cut"
+    shutil.copytree(runs["opd"][before], folder)
+    (folder / "manifest.json").unlink()
+    shutil.rmtree(folder / "final")
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step_2", "step_4"}
+    done = run(after, "opd", *TRAINERS["opd"], "--output_dir", folder)
+    assert "after step 4" in done.stdout
+    assert largest_difference(runs["opd"][1], folder) <= 1e-5
+    assert [row["step"] for row in metrics_of(folder)] == [1, 2, 3, 4, 5]
+
+
+def test_a_rank_without_any_work_does_not_hang(tmp_path):
+    """One prompt for two ranks: one of them samples, trains and evaluates nothing."""
+    flags = [*("--prompts_per_step", "1", "--group_size", "4", "--num_steps", "2")]
+    for ranks in (1, 2):
+        run(ranks, "grpo", *flags, "--output_dir", tmp_path / str(ranks))
+    assert largest_difference(tmp_path / "1", tmp_path / "2") <= 1e-5
+
+
+def test_offloaded_weights_train_the_same(runs, tmp_path):
+    """On one rank, where nothing but --cpu_offload shards: the same to rounding."""
+    run(1, "opd", *TRAINERS["opd"], "--cpu_offload", "--output_dir", tmp_path / "run")
+    assert largest_difference(runs["opd"][1], tmp_path / "run") <= 1e-5
+
+
+def test_bfloat16_compute_keeps_float32_weights_under_sharding(tmp_path):
+    """At lr 1e-6 a bfloat16 weight would not move at all."""
+    flags = [*SIZES, "--num_steps", "1", "--warmup_steps", "0", "--dtype", "bfloat16"]
+    run(2, "opd", *flags, "--learning_rate", "1e-6", "--output_dir", tmp_path / "run")
+    before = load_file(ROOT / "toy" / "student" / "model.safetensors")
+    after = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    for name in before:
+        change = (after[name] - before[name]).abs()
+        assert after[name].dtype == torch.float32
+        assert 0 < change.max() < 3e-6, name
+
+
+def test_evaluation_is_the_same(tmp_path):
+    flags = ["--model", "toy/student", "--num_problems", "9", "--num_samples", "4"]
+    for ranks in (1, 2):
+        run(ranks, "evaluate", *flags, "--output_dir", tmp_path / str(ranks))
+    for name in ("results.json", "samples/toy.jsonl", "samples.html"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def newest_checkpoint(folder) -> int:
+    names = [path.name for path in (folder / "checkpoints").glob("step_*")]
+    return max((int(name[5:]) for name in names if name[5:].isdigit()), default=0)
+
+
+def begin(folder, after: int) -> subprocess.Popen:
+    """grpo.py under two ranks, once it has a checkpoint of a step after this one."""
+    flags = [*SIZES, "--num_steps", "500", "--checkpoint_every", "1", "--output_dir", folder]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command(2, "grpo", *flags), **pipes, env=ENVIRONMENT)
+    until = time.monotonic() + 120
+    while newest_checkpoint(folder) <= after:
+        assert time.monotonic() < until
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    return process
+
+
+@pytest.mark.faults
+def test_a_killed_rank_ends_all_with_a_message_and_a_resumable_folder(tmp_path):
+    folder = tmp_path / "run"
+    process = begin(folder, after=1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [int(word) for word in children]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode != 0
+    assert "rank 0: " in errors
+    assert "the same command goes on" in errors
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    saved = newest_checkpoint(folder)
+    assert saved >= 2
+    process = begin(folder, after=saved)  # resumes
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=90)
+    steps = [row["step"] for row in metrics_of(folder)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert newest_checkpoint(folder) == steps[-1]  # the last completed step was saved
