@@ -1,39 +1,56 @@
 r"""The workflow: sparse reward on the teacher, dense transfer to the student, sparse reward again.
 
-    route   stages (label uses in brackets)
-    half    teacher GRPO on 1H [reward] -> FKL warmup -> OPD on 1H -> student GRPO on 2H [reward]
-    cold    student GRPO on 1H and 2H, with as many label uses as both GRPO stages of `half`
+    route                stages (label uses in brackets), after Table 1 and 3 of the paper
+    cold                 student GRPO on all data [reward]
+    full                 teacher GRPO on all data [reward] -> FKL warmup -> OPD on all data
+    half                 teacher GRPO on 1H [reward] -> FKL -> OPD on 1H -> GRPO on 2H [reward]
+    replay               as half, but the student's GRPO reuses 1H
+    sft_transfer         as half, with SFT on the teacher's samples instead of FKL -> OPD
+    opd_only             as half, with OPD alone
+    sft_teacher          as half, with a teacher tuned on its own right answers [filter] by SFT
+    raw_teacher          FKL -> OPD on all data from the untrained teacher
+    same_size            FKL -> OPD on all data from the student that `cold` has trained
+    cold_matched_tokens  as cold, until it has generated as many tokens as all of `full`
+    cold_matched_flops   as cold, until it has spent as many FLOPs as all of `full`
 
-Each stage is a child process whose printed command line can be run by itself. It leaves a manifest
-and is skipped on the next call. Base models and every stage's result are evaluated; the end is a
-table, and report.md, report.png and results.json in OUTPUT_DIR/seed_SEED.
+The last two are not in the paper: there labels are matched and compute is not. Stages that routes
+share run once. Each stage is a child process whose printed command line can be run by itself; it
+leaves a manifest and is skipped on the next call. report.py writes the end: report.md, report.png
+and results.json in OUTPUT_DIR.
 
     python bridge.py                                             # the toy, on a CPU, in minutes
+    python bridge.py --routes all --seeds 1 2 3 --jobs 2         # a study
     python bridge.py --teacher Qwen/Qwen3-8B --dry_run           # the plan: commands and settings
     python bridge.py --teacher Qwen/Qwen3-8B                     # student Qwen/Qwen3-1.7B, DAPO
 """
 
+import importlib
 import json
+import os
+import selectors
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
+import torch
+
+import memory
 from common.data import default_decontamination
-from common.run import (
-    ROOT,
-    RunFailure,
-    Stopped,
-    UserError,
-    check,
-    check_ranges,
-    start,
-    write_atomic,
-    write_json,
-)
+from common.run import FREE, ROOT, RunFailure, Stopped, UserError, check, check_ranges, start
+from memory import GB
+from report import Evaluation, write_report
+
+Route = Literal[
+    *("cold", "full", "half", "replay", "sft_transfer", "opd_only", "sft_teacher", "raw_teacher"),
+    *("same_size", "cold_matched_tokens", "cold_matched_flops"),
+]
 
 
 @dataclass
@@ -44,10 +61,16 @@ class Args:
     """the small model; by itself toy/student, or Qwen/Qwen3-1.7B for a larger Qwen3"""
     output_dir: str | None = None
     """by itself runs/bridge-TEACHER"""
-    seed: int = 0
-    """seed of every stage"""
+    routes: tuple[Route | Literal["all"], ...] = ("half", "cold")
+    """what to run and compare (listed above)"""
+    seeds: tuple[int, ...] = (0,)
+    """every trained stage is repeated with each"""
+    jobs: int = 1
+    """stages that run at the same time, each with its share of the CPU's threads"""
     dry_run: bool = False
     """print every command and setting, run nothing"""
+    only_report: bool = False
+    """run nothing; write the report of stages that are finished"""
     dataset: str | None = None
     """training problems; by itself toy, or DAPO-Math-17k for other models"""
     benchmarks: tuple[str, ...] | None = None
@@ -56,6 +79,20 @@ class Args:
     """where every stage runs"""
     backend: Literal["auto", "torch", "vllm"] = "auto"
     """what samples: transformers or vLLM; auto takes vLLM on a GPU"""
+    nproc_per_node: int | None = None
+    """ranks on this machine; by itself as many as there are GPUs, or 1"""
+    nnodes: int = 1
+    """machines with a shared folder, each of which runs this command with its own --node_rank"""
+    node_rank: int = 0
+    """number of this machine: 0 also writes the report"""
+    master_addr: str | None = None
+    """address of machine 0, if there are several"""
+    master_port: int = 29500
+    """a free port of machine 0"""
+    gpu_memory_gb: float | None = None
+    """of each GPU; by itself what is there (to plan for other machines with --dry_run)"""
+    host_memory_gb: float | None = None
+    """of this machine; by itself what is there"""
 
     num_steps: int | None = None
     """instead of the preset's, in every training stage (as the next four)"""
@@ -109,8 +146,15 @@ def ours(value: object, note: str = "") -> Setting:
 
 Preset = dict[str, dict[str, Setting]]  # kind of stage -> flag -> setting
 
-TOY_SHARED = {"prompts_per_step": ours(16), "group_size": ours(16)}
-TOY_GRPO = TOY_SHARED | {"warmup_steps": ours(10)}
+TOY_SHARED = {
+    "prompts_per_step": ours(12, "40 steps are one epoch of 1H"),
+    "group_size": ours(16),
+    "micro_batch_size": ours(32, "small matrices stay in a processor's cache"),
+}
+TOY_GRPO = TOY_SHARED | {
+    "warmup_steps": ours(10),
+    "kl_coef": ours(0.0, "no reference model: groups whose rewards agree cost no update"),
+}
 TOY_TRANSFER = TOY_SHARED | {"warmup_steps": ours(5)}
 TOY: Preset = {
     "teacher_grpo": TOY_GRPO
@@ -118,14 +162,18 @@ TOY: Preset = {
         "num_steps": ours(40, "as many as warmup and OPD, so that cold GRPO gets as many updates"),
         "learning_rate": ours(2e-4),
     },
+    "teacher_sft": TOY_TRANSFER
+    | {"num_steps": ours(40, "the label uses of teacher_grpo"), "learning_rate": ours(2e-4)},
     "fkl_warmup": TOY_TRANSFER | {"num_steps": ours(15), "learning_rate": ours(7e-4)},
     "opd": TOY_TRANSFER | {"num_steps": ours(25), "learning_rate": ours(3e-4)},
+    "sft_transfer": TOY_TRANSFER | {"learning_rate": ours(7e-4, "as fkl_warmup")},
     "student_grpo": TOY_GRPO | {"num_steps": ours(20), "learning_rate": ours(3e-4)},
     "evaluate": {"num_samples": paper(16), "temperature": ours(1.0, "as in training")},
 }
 
 REAL_SHARED = {
     "dtype": paper("bfloat16"),
+    "activation_checkpointing": ours(True, "sequences of 19,000 tokens"),
     "learning_rate": paper(1e-6),
     "max_new_tokens": paper(16384),
     "chunk_size": ours(1024, "tokens of the head at once: 0.6 GB of float32 logits at 152k words"),
@@ -153,11 +201,14 @@ REAL_TRANSFER = REAL_SHARED | {
 }
 REAL: Preset = {
     "teacher_grpo": REAL_GRPO,
+    "teacher_sft": REAL_TRANSFER | {"num_steps": ours(1320, "the label uses of teacher_grpo")},
     "fkl_warmup": REAL_TRANSFER | {"num_steps": ours(33, "a quarter of an epoch of a half")},
     "opd": REAL_TRANSFER | {"num_steps": ours(132, "the paper's 1 epoch of a half")},
+    "sft_transfer": REAL_TRANSFER,
     "student_grpo": REAL_GRPO,
     "evaluate": {
         "dtype": paper("bfloat16"),
+        "vllm_gpu_memory": ours(0.85, "nothing else is on the GPU"),
         "num_samples": paper(16),
         "max_new_tokens": paper(16384),
         "max_prompt_tokens": paper(3072),
@@ -173,27 +224,37 @@ REAL: Preset = {
 
 @dataclass
 class Stage:
-    """One child process: its flags, and what the report needs to know of an evaluation."""
+    """One child process: its flags, and which stages must be finished before."""
 
     name: str
+    kind: str  # of the preset
     script: str
     folder: Path
     wiring: dict[str, object]  # flags that follow from the route
     settings: dict[str, Setting]  # flags that someone chose
-    title: str = ""  # what the report calls the evaluated model
-    route: str = ""
-    trained_by: tuple[str, ...] = ()  # the stages behind it
+    needs: list["Stage"] = field(default_factory=list)
+    budget: tuple[str, list["Stage"]] | None = None  # a flag, and the stages whose use it matches
+    launcher: tuple[str, ...] = ("python",)  # or torchrun and its flags
 
     @property
     def flags(self) -> dict[str, object]:
-        return self.wiring | {name: setting.value for name, setting in self.settings.items()}
+        flags = self.wiring | {name: setting.value for name, setting in self.settings.items()}
+        if self.budget:
+            flag, stages = self.budget
+            flags[flag] = f"<{flag[8:]} of {', '.join(stage.name for stage in stages)}>"
+            if all(stage.manifest.exists() for stage in stages):
+                done = [json.loads(stage.manifest.read_text()) for stage in stages]
+                tokens = sum(manifest["generated_tokens"] for manifest in done)
+                flops = sum(manifest["flops"] + manifest["teacher_flops"] for manifest in done)
+                flags[flag] = tokens if flag == "stop_at_tokens" else flops
+        return flags
 
     @property
     def command(self) -> list[str]:
-        words = ["python", self.script]
+        words = [*self.launcher, self.script]
         for name, value in self.flags.items():
             values = value if isinstance(value, tuple) else (value,)
-            words += [f"--{name}", *map(str, values)]
+            words += [f"--{name}"] if value is True else [f"--{name}", *map(str, values)]
         return words
 
     @property
@@ -203,6 +264,12 @@ class Stage:
     @property
     def final(self) -> str:
         return str(self.folder / "final")
+
+    def behind(self) -> list["Stage"]:
+        """Every training stage that its model comes from, itself included, the first one first."""
+        stages = [ancestor for stage in self.needs for ancestor in stage.behind()]
+        stages += [] if self.script == "evaluate.py" else [self]
+        return list({stage.name: stage for stage in stages}.values())
 
 
 # Flags of bridge.py that replace a preset's value in every stage whose script has them.
@@ -232,59 +299,311 @@ def fill_in(args: Args) -> Preset:
     return preset
 
 
-def plan(args: Args, preset: Preset) -> list[Stage]:
-    """The stages in order."""
-    root = Path(args.output_dir) / f"seed_{args.seed}"
-    held_out = (*args.benchmarks, *default_decontamination(args.dataset))
-    held_out = tuple(dict.fromkeys(held_out))
-    stages: list[Stage] = []
-    places = {"device": args.device, "backend": args.backend}
+class Plan:
+    """The stages of one seed, in order. Asked twice for one stage, it plans it once."""
 
-    def train(name: str, kind: str, script: str, model: str, split: str, **own) -> Stage:
-        wiring = {"model": model, **own, "dataset": args.dataset, "split": split}
-        wiring |= {"decontaminate": held_out, "eval_dataset": args.benchmarks[0]}
-        wiring |= {"seed": args.seed, **places, "output_dir": str(root / name)}
-        stages.append(Stage(name, script, root / name, wiring, dict(preset[kind])))
-        return stages[-1]
+    def __init__(self, args: Args, preset: Preset, seed: int):
+        self.args, self.preset, self.seed = args, preset, seed
+        self.root = Path(args.output_dir)
+        self.stages: dict[str, Stage] = {}
+        self.evaluations: list[Evaluation] = []
 
-    def evaluate(name: str, model: str, title: str, route: str, *behind: Stage) -> None:
-        wiring = {"model": model, "benchmarks": args.benchmarks, "seed": args.seed}
-        wiring |= {**places, "output_dir": str(root / name)}
-        names = tuple(stage.name for stage in behind)
-        stage = Stage(name, "evaluate.py", root / name, wiring, preset["evaluate"])
-        stage.title, stage.route, stage.trained_by = title, route, names
-        stages.append(stage)
+    def train(self, name: str, kind: str, model: str | Stage, split: str, **own) -> Stage:
+        """own: further flags; a Stage among them is its final model, and is waited for."""
+        if name in self.stages:
+            return self.stages[name]
+        args, script = self.args, SCRIPTS[kind]
+        folder = self.root / f"seed_{self.seed}" / name
+        given = {"model": model, **own}
+        needs = [value for value in given.values() if isinstance(value, Stage)]
+        wiring = {k: v.final if isinstance(v, Stage) else v for k, v in given.items()}
+        held_out = (*args.benchmarks, *default_decontamination(args.dataset))
+        wiring |= {"dataset": args.dataset, "split": split}
+        wiring |= {"decontaminate": tuple(dict.fromkeys(held_out))}
+        wiring |= {"eval_dataset": args.benchmarks[0], "seed": self.seed}
+        wiring |= {"device": args.device, "backend": args.backend, "output_dir": str(folder)}
+        settings = dict(self.preset[kind])
+        stage = Stage(name, kind, script, folder, wiring, settings, needs)
+        self.stages[name] = stage
+        return stage
 
-    evaluate("eval_student", args.student, "untrained student", "models")
-    evaluate("eval_teacher", args.teacher, "raw teacher", "models")
-    teacher = train("teacher_grpo", "teacher_grpo", "grpo.py", args.teacher, "1H")
-    evaluate("eval_teacher_grpo", teacher.final, "RL teacher (1H)", "models", teacher)
-    target = {"teacher": teacher.final}
-    warmup = train("fkl_warmup", "fkl_warmup", "fkl_warmup.py", args.student, "1H", **target)
-    evaluate("eval_fkl_warmup", warmup.final, "bridge: FKL warmup (1H)", "half", teacher, warmup)
-    opd = train("opd", "opd", "opd.py", warmup.final, "1H", **target)
-    evaluate("eval_opd", opd.final, "bridge: + OPD (1H)", "half", teacher, warmup, opd)
-    last = train("student_grpo", "student_grpo", "grpo.py", opd.final, "2H")
-    behind = (teacher, warmup, opd, last)
-    evaluate("eval_student_grpo", last.final, "bridge: + GRPO (2H)", "half", *behind)
-    cold = train("cold", "student_grpo", "grpo.py", args.student, "all")
-    label_steps = sum(stage.flags["num_steps"] for stage in (teacher, last))
-    cold.settings["num_steps"] = ours(label_steps, "the label uses of both GRPO stages")
-    evaluate("eval_cold", cold.final, "cold GRPO (1H + 2H)", "cold", cold)
-    return stages
+    def steps(self, *kinds: str, share: float = 1.0) -> Setting:
+        """As many steps as these kinds of stages have together, times `share`."""
+        steps = sum(self.preset[kind]["num_steps"].value for kind in kinds)
+        return ours(round(share * steps), f"as {' and '.join(kinds)}")
+
+    def evaluate(self, title: str, route: str, model: str | Stage) -> None:
+        """A row of the report. Models that are not trained are evaluated once for all seeds."""
+        args, trained = self.args, isinstance(model, Stage)
+        name = f"eval_{model.name}" if trained else f"eval_{title.replace(' ', '_')}"
+        if name in self.stages:
+            return
+        folder = self.root / (f"seed_{self.seed}" if trained else "base") / name
+        wiring = {"model": model.final if trained else model, "benchmarks": args.benchmarks}
+        wiring |= {"seed": self.seed if trained else 0, "device": args.device}
+        wiring |= {"backend": args.backend, "output_dir": str(folder)}
+        needs = [model] if trained else []
+        settings = self.preset["evaluate"]
+        stage = Stage(name, "evaluate", "evaluate.py", folder, wiring, settings, needs)
+        self.stages[name] = stage
+        self.evaluations.append(Evaluation(title, route, self.seed if trained else None, stage))
+
+    # --- stages that several routes share ---
+
+    def teacher_1h(self) -> Stage:
+        teacher = self.train("teacher_grpo", "teacher_grpo", self.args.teacher, "1H")
+        self.evaluate("RL teacher (1H)", "models", teacher)
+        return teacher
+
+    def cold(self, name: str = "cold") -> Stage:
+        stage = self.train(name, "student_grpo", self.args.student, "all")
+        stage.settings["num_steps"] = self.steps("teacher_grpo", "student_grpo")
+        return stage
+
+    def bridge(self, prefix: str, teacher: str | Stage, split: str, route: str) -> Stage:
+        """FKL warmup, then OPD. On all data both are longer by the share of labels."""
+        own, label = {"teacher": teacher}, f"{TITLES[route]}: "
+        warmup = self.train(f"{prefix}fkl_warmup", "fkl_warmup", self.args.student, split, **own)
+        opd = self.train(f"{prefix}opd", "opd", warmup, split, **own)
+        if split == "all":
+            used = self.steps("teacher_grpo", "student_grpo").value
+            share = used / self.preset["teacher_grpo"]["num_steps"].value
+            for stage in (warmup, opd):
+                stage.settings["num_steps"] = self.steps(stage.kind, share=share)
+        if route == "half":
+            self.evaluate(f"{label}FKL ({split})", route, warmup)
+        self.evaluate(f"{label}FKL, OPD ({split})", route, opd)
+        return opd
+
+    def last_grpo(self, name: str, student: Stage, split: str, route: str, after: str) -> None:
+        """Sparse reward on the student, at the end of a route."""
+        last = self.train(name, "student_grpo", student, split)
+        self.evaluate(f"{TITLES[route]}: {after}, GRPO ({split})", route, last)
+
+    # --- routes ---
+
+    def add(self, route: Route) -> None:
+        args = self.args
+        if route == "cold":
+            self.evaluate("cold: GRPO (all)", route, self.cold())
+        elif route in ("half", "replay"):
+            opd = self.bridge("", self.teacher_1h(), "1H", "half")
+            name, split = ("student_grpo", "2H") if route == "half" else ("replay_grpo", "1H")
+            self.last_grpo(name, opd, split, route, "FKL, OPD (1H)")
+        elif route == "sft_transfer":
+            own = {"teacher": self.teacher_1h(), "hard_labels": True}
+            student = self.train("sft_transfer", "sft_transfer", args.student, "1H", **own)
+            student.settings["num_steps"] = self.steps("fkl_warmup", "opd")
+            self.evaluate(f"{TITLES[route]}: SFT (1H)", route, student)
+            self.last_grpo("sft_transfer_grpo", student, "2H", route, "SFT (1H)")
+        elif route == "opd_only":
+            teacher = self.teacher_1h()
+            student = self.train("opd_only", "opd", args.student, "1H", teacher=teacher)
+            student.settings["num_steps"] = self.steps("fkl_warmup", "opd")
+            self.evaluate(f"{TITLES[route]}: OPD (1H)", route, student)
+            self.last_grpo("opd_only_grpo", student, "2H", route, "OPD (1H)")
+        elif route == "sft_teacher":
+            own = {"teacher": args.teacher, "hard_labels": True, "correct_only": True}
+            teacher = self.train("teacher_sft", "teacher_sft", args.teacher, "1H", **own)
+            self.evaluate("SFT teacher (1H)", "models", teacher)
+            opd = self.bridge("sft_teacher_", teacher, "1H", route)
+            self.last_grpo("sft_teacher_grpo", opd, "2H", route, "FKL, OPD (1H)")
+        elif route == "raw_teacher":
+            self.bridge("raw_teacher_", args.teacher, "all", route)
+        elif route == "same_size":
+            self.evaluate("cold: GRPO (all)", "cold", self.cold())
+            self.bridge("same_size_", self.cold(), "all", route)
+        else:
+            opd = self.full()
+            if route != "full":
+                matched, flag = self.cold(route), route.replace("cold_matched", "stop_at")
+                matched.budget = (flag, opd.behind())
+                bound = self.steps("teacher_grpo", "student_grpo", share=50)
+                matched.settings["num_steps"] = ours(
+                    bound.value, f"an upper bound: --{flag} ends it"
+                )
+                self.evaluate(f"cold: GRPO (all), {flag[8:]} of full", route, matched)
+
+    def full(self) -> Stage:
+        teacher = self.train("full_teacher_grpo", "teacher_grpo", self.args.teacher, "all")
+        teacher.settings["num_steps"] = self.steps("teacher_grpo", "student_grpo")
+        self.evaluate("RL teacher (all)", "models", teacher)
+        return self.bridge("full_", teacher, "all", "full")
 
 
-def print_plan(stages: list[Stage]) -> None:
+SCRIPTS = {
+    **dict.fromkeys(("teacher_grpo", "student_grpo"), "grpo.py"),
+    **dict.fromkeys(("fkl_warmup", "teacher_sft", "sft_transfer"), "fkl_warmup.py"),
+    "opd": "opd.py",
+}
+TITLES = {
+    **dict.fromkeys(("full", "half", "sft_transfer", "opd_only"), "RL teacher"),
+    "replay": "RL teacher",
+    "sft_teacher": "SFT teacher",
+    "raw_teacher": "raw teacher",
+    "same_size": "RL student as teacher",
+}
+
+
+def plan(args: Args, preset: Preset) -> tuple[list[Stage], list[Evaluation]]:
+    """The stages in order, and the rows of the report."""
+    routes = Route.__args__ if "all" in args.routes else dict.fromkeys(args.routes)
+    stages: dict[Path, Stage] = {}
+    evaluations: list[Evaluation] = []
+    for seed in args.seeds:
+        planned = Plan(args, preset, seed)
+        planned.evaluate("untrained student", "models", args.student)
+        planned.evaluate("raw teacher", "models", args.teacher)
+        for route in routes:
+            planned.add(route)
+        evaluations += [row for row in planned.evaluations if row.stage.folder not in stages]
+        for stage in planned.stages.values():
+            stages.setdefault(stage.folder, stage)  # base models are planned by every seed
+    return list(stages.values()), evaluations
+
+
+# === machine ===
+
+USABLE = 0.9  # of a GPU: the plan is a computation
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is, or what --gpu_memory_gb and --host_memory_gb say there is. Bytes."""
+
+    ranks: int  # on this machine
+    gpu: float | None  # memory of each GPU
+    host: float
+
+
+def find_machine(args: Args) -> Machine:
+    gpu, count = args.gpu_memory_gb and args.gpu_memory_gb * GB, 0
+    if args.device != "cpu" and torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        gpu = gpu or torch.cuda.get_device_properties(0).total_memory
+    check(args.nnodes == 1 or args.master_addr, "--nnodes needs --master_addr of machine 0")
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    host = args.host_memory_gb * GB if args.host_memory_gb else host
+    return Machine(args.nproc_per_node or max(1, count), gpu, host)
+
+
+def launch_with(args: Args, machine: Machine, stages: list[Stage]) -> None:
+    """torchrun, where there are several ranks."""
+    if machine.ranks * args.nnodes == 1:
+        return
+    launcher = ["torchrun", "--nproc_per_node", str(machine.ranks)]
+    if args.nnodes == 1:
+        launcher += ["--standalone"]
+    else:
+        launcher += ["--nnodes", str(args.nnodes), "--node_rank", str(args.node_rank)]
+        launcher += ["--master_addr", args.master_addr, "--master_port", str(args.master_port)]
+    for stage in stages:
+        stage.launcher = tuple(launcher)
+
+
+def base_model(stage: Stage, flag: str) -> str:
+    """The model that a flag's checkpoint comes from: it has its shape."""
+    source = next((need for need in stage.needs if need.final == stage.flags[flag]), None)
+    return stage.flags[flag] if source is None else base_model(source, "model")
+
+
+def fit(args: Args, machine: Machine, stages: list[Stage]) -> list[str]:
+    """Choose for each training stage what makes it fit, and say so. Returns, with the numbers, what
+    does not fit: the GPUs, the host's memory, the disk."""
+    ranks, disk, said, problems = machine.ranks * args.nnodes, 0.0, [], []
+    for stage in stages:
+        if stage.script == "evaluate.py":
+            continue
+        names = {
+            flag: base_model(stage, flag) for flag in ("model", "teacher") if flag in stage.flags
+        }
+        shapes = {flag: memory.shape_of(name) for flag, name in names.items()}
+        unknown = [names[flag] for flag, shape in shapes.items() if shape is None]
+        if unknown:
+            said.append(f"no memory plan of {', '.join(unknown)}: no config.json at hand")
+            continue
+        flags = importlib.import_module(stage.script.removesuffix(".py")).Args(**stage.flags)
+        planned = smallest_change(flags, shapes, ranks, machine.gpu)
+        if not stage.folder.exists():
+            disk += (2 * 12 + 4) * shapes["model"].params  # two checkpoints and the final model
+        on_device = 0.0 if machine.gpu else planned.device
+        on_host = (planned.host + on_device) * machine.ranks
+        update, what = planned.peak("update"), f"{stage.kind} of {names['model']} needs"
+        if machine.gpu and update > USABLE * machine.gpu:
+            problems.append(
+                f"{what} {update / GB:.0f} GB on each of {ranks} GPUs (weights in host memory), "
+                f"and they have {machine.gpu / GB:.0f} GB"
+            )
+        elif on_host > machine.host:
+            problems.append(
+                f"{what} {on_host / GB:.0f} GB of host memory, and there are "
+                f"{machine.host / GB:.0f} GB"
+            )
+        elif machine.gpu:
+            said.append(choose(stage, flags, planned, machine, ranks))
+        if args.dry_run:
+            title = f"# memory of {stage.kind} of {names['model']}, GB for each of {ranks} ranks"
+            said.append(f"\n{title}: computed\n{planned.table(machine.gpu)}")
+    folder = next(f for f in (Path(args.output_dir) / "x").absolute().parents if f.exists())
+    free = shutil.disk_usage(folder).free
+    if disk > free:
+        problems.append(
+            f"checkpoints and final models need {disk / GB:.0f} GB of disk, and {folder} has "
+            f"{free / GB:.0f} GB"
+        )
+    for line in dict.fromkeys(said):
+        print(line)
+    return list(dict.fromkeys(problems))
+
+
+def smallest_change(flags, shapes: dict, ranks: int, gpu: float | None) -> memory.Plan:
+    """Sets micro_batch_size and cpu_offload of a trainer's Args to the first that fit (neither
+    changes a result; the second is much slower), and gives vLLM the rest of the GPU."""
+    model, teacher = shapes["model"], shapes.get("teacher")
+    frozen = [model] if getattr(flags, "kl_coef", 0) > 0 else [teacher] if teacher else []
+    sampled = teacher if hasattr(flags, "correct_only") else model
+    micro = flags.micro_batch_size
+    for flags.cpu_offload, flags.micro_batch_size in product((False, True), (micro, 1)):
+        planned = memory.plan(flags, model, frozen, sampled, ranks, gpu)
+        if gpu is None or planned.peak("update") <= USABLE * gpu:
+            break
+    if gpu is not None:
+        kept = sum(i.size for i in planned.items if i.where == "device" and i.phase == "always")
+        flags.vllm_gpu_memory = round(max(0.05, min(0.85, USABLE - kept / gpu)), 2)
+    return memory.plan(flags, model, frozen, sampled, ranks, gpu)
+
+
+def choose(stage: Stage, flags, planned: memory.Plan, machine: Machine, ranks: int) -> str:
+    """Put what was found to fit into the stage's command, and say so."""
+    for name in ("vllm_gpu_memory", "micro_batch_size", "cpu_offload"):
+        given = stage.settings.get(name, Setting(False, "ours"))
+        if getattr(flags, name) != given.value and given.source != "command line":
+            stage.settings[name] = ours(getattr(flags, name), "so that it fits")
+    place = "host memory, since the GPU is too small" if flags.cpu_offload else "the GPU"
+    host = f" ({planned.host * machine.ranks / GB:.0f} GB)" if flags.cpu_offload else ""
+    return (
+        f"{stage.kind} on {ranks} GPU(s) of {machine.gpu / GB:.0f} GB: weights, gradients and "
+        f"optimizer in {place}{host}; micro-batches of {flags.micro_batch_size}; "
+        f"{planned.peak('update') / GB:.0f} GB in the update; vLLM takes "
+        f"{stage.flags['vllm_gpu_memory']:.0%} while it samples (computed, not measured)"
+    )
+
+
+def print_plan(stages: list[Stage], preset: Preset) -> None:
     for stage in stages:
         print(f"\n# {stage.name}\n{shlex.join(stage.command)}")
     print("\n# settings and who chose them; what is not listed is the script's default")
-    seen = set()
-    for stage in stages:
-        kind = "evaluate" if stage.script == "evaluate.py" else stage.name
-        for name, setting in stage.settings.items() if kind not in seen else ():
-            why = f"{setting.source}: {setting.note}" if setting.note else setting.source
-            print(f"{kind:14} {name:18} {setting.value!s:10} {why}")
-        seen.add(kind)
+    kinds = dict.fromkeys(stage.kind for stage in stages)
+    listed = [(kind, setting) for kind in kinds for setting in preset[kind].items()]
+    listed += [
+        (stage.name, setting)
+        for stage in stages
+        for setting in stage.settings.items()
+        if setting not in preset[stage.kind].items()
+    ]
+    for where, (name, setting) in listed:
+        why = f"{setting.source}: {setting.note}" if setting.note else setting.source
+        print(f"{where:22} {name:18} {setting.value!s:10} {why}")
 
 
 def print_budget(stages: list[Stage]) -> None:
@@ -295,176 +614,132 @@ def print_budget(stages: list[Stage]) -> None:
             flags = {"max_new_tokens": 64} | stage.flags
             rollouts = flags["num_steps"] * flags["prompts_per_step"] * flags["group_size"]
             tokens = rollouts * flags["max_new_tokens"]
-            print(f"{stage.name:14} {rollouts:>11,} completions {tokens:>18,} tokens")
+            print(f"{stage.name:22} {rollouts:>11,} completions {tokens:>18,} tokens")
 
 
 # === run ===
 
 
-def run_stage(stage: Stage) -> None:
-    """Run one stage, its output on the terminal and in stage.log; stop the workflow if it fails."""
-    shown = shlex.join(stage.command)
-    if stage.manifest.exists():
-        config = json.loads((stage.folder / "config.json").read_text())
-        wanted = json.loads(json.dumps(stage.flags))
-        differing = [name for name, value in wanted.items() if config.get(name) != value]
-        check(
-            not differing,
-            f"{stage.folder} was finished with other settings ({', '.join(differing)}); "
-            "choose another --output_dir",
-        )
-        print(f"\n# {stage.name}: finished before\n{shown}")
-        return
-    print(f"\n# {stage.name}\n{shown}", flush=True)
-    log = stage.folder.with_name(stage.name + ".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / stage.script), *stage.command[2:]]
-    with open(log, "ab") as file:
-        # In a session of its own, so that Ctrl-C reaches it once: through us.
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        child = subprocess.Popen(command, **pipes, start_new_session=True)
-        try:
-            while piece := child.stdout.read1():
-                file.write(piece)
-                sys.stdout.buffer.write(piece)
-                sys.stdout.buffer.flush()
-            code = child.wait()
-        except Stopped as stop:
-            child.send_signal(stop.number)
-            child.communicate()
-            raise
-    if code != 0 or not stage.manifest.exists():
-        last = log.read_text(errors="replace").strip().splitlines()[-5:]
-        kind = UserError if code == 2 else RunFailure
-        raise kind(
-            f"stage {stage.name} failed with exit code {code} ({' / '.join(last)}); log: {log}; "
-            f"to retry: {shown}"
-        )
-
-
-# === report ===
-
-
-def collect(stages: list[Stage]) -> list[dict]:
-    """One row per evaluation: accuracy by benchmark, and what the stages behind it have used."""
-    manifests = {
-        stage.name: json.loads(stage.manifest.read_text()) | {"script": stage.script}
-        for stage in stages
-    }
-    rows = []
-    for stage in stages:
-        if stage.script == "evaluate.py":
-            behind = [manifests[name] for name in stage.trained_by]
-            grpo = [manifest for manifest in behind if manifest["script"] == "grpo.py"]
-            students = [
-                m for n, m in zip(stage.trained_by, behind, strict=True) if "teacher" not in n
-            ]
-            benchmarks = manifests[stage.name]["benchmarks"]
-            rows.append(
-                {
-                    "title": stage.title,
-                    "route": stage.route,
-                    "label_uses": sum(manifest["verifier_calls"] for manifest in grpo),
-                    "student_steps": sum(manifest["step"] for manifest in students),
-                    "generated_tokens": sum(manifest["generated_tokens"] for manifest in behind),
-                    "seconds": sum(manifest["seconds"] for manifest in behind),
-                    "benchmarks": benchmarks,
-                }
-            )
-    return rows
-
-
-NOTES = """
-avg@k with 95% intervals over problems (cluster bootstrap); they do not hold the spread of training
-seeds. Label uses: completions whose verdict was a reward. Student steps: rollout steps of the
-student's stages. Tokens and seconds: all training stages behind the row.
-"""
-TOY_NOTE = """
-The toy is built so that the paper's premise holds: it illustrates the mechanism, it is no evidence.
-"""
-
-
-def make_table(rows: list[dict]) -> str:
-    """A markdown table that also reads well in a terminal."""
-    names = list(rows[0]["benchmarks"])
-    k = rows[0]["benchmarks"][names[0]]["num_samples"]
-    header = ["model", *(f"{Path(name).stem} avg@{k}" for name in names)]
-    header += ["label uses", "student steps", "tokens", "seconds"]
-    lines = [header]
-    for row in rows:
-        cells = [row["title"]]
-        for name in names:
-            result = row["benchmarks"][name]
-            low, high = result["accuracy_interval"]
-            cells.append(f"{result['accuracy']:.1%} [{low:.1%}, {high:.1%}]")
-        numbers = ("label_uses", "student_steps", "generated_tokens", "seconds")
-        lines.append(cells + [f"{row[number]:,.0f}" for number in numbers])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    padded = [
-        [cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines
-    ]
-    padded.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(line) + " |" for line in padded)
-
-
-def draw(rows: list[dict], path: Path) -> None:
-    """Accuracy of each model with its interval, one panel a benchmark."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    colours = {"models": "#8c8c8c", "half": "#1f6fb4", "cold": "#d9762b"}
-    names = list(rows[0]["benchmarks"])
-    height = 1.2 + 0.42 * len(rows)
-    figure, panels = pyplot.subplots(
-        1, len(names), figsize=(2.6 + 4.6 * len(names), height), sharey=True, squeeze=False
+def is_finished(stage: Stage) -> bool:
+    """Whether it was finished before. Raises UserError if that was with other settings."""
+    if not stage.manifest.exists():
+        return False
+    config = json.loads((stage.folder / "config.json").read_text())
+    wanted = json.loads(json.dumps(stage.flags))
+    differing = [k for k, value in wanted.items() if k not in FREE and config.get(k) != value]
+    check(
+        not differing,
+        f"{stage.folder} was finished with other settings ({', '.join(differing)}); "
+        "choose another --output_dir",
     )
-    for panel, name in zip(panels[0], names, strict=True):
-        for y, row in enumerate(rows):
-            result = row["benchmarks"][name]
-            value, (low, high) = 100 * result["accuracy"], result["accuracy_interval"]
-            errors = [[value - 100 * low], [100 * high - value]]
-            panel.barh(y, value, xerr=errors, color=colours[row["route"]], height=0.62, capsize=3)
-            panel.text(100 * high + 1.5, y, f"{value:.1f}", va="center", fontsize=9)
-        panel.set_xlim(0, 112)
-        panel.set_xticks(range(0, 101, 20))
-        panel.set_xlabel(f"avg@{result['num_samples']} on {Path(name).stem}, %")
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_yticks(range(len(rows)), [row["title"] for row in rows])
-    panels[0][0].invert_yaxis()
-    figure.suptitle("Accuracy after each stage, 95% intervals over problems", fontsize=11)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    return True
 
 
-def report(args: Args, stages: list[Stage], seconds: float) -> None:
-    rows, folder = collect(stages), stages[0].folder.parent
-    notes = NOTES + (TOY_NOTE if args.teacher.startswith("toy/") else "")
-    table = make_table(rows)
-    commands = "\n".join(shlex.join(stage.command) for stage in stages)
-    title = f"# {args.teacher} to {args.student}, seed {args.seed}"
-    text = f"{title}\n\n{table}\n{notes}\n![accuracy](report.png)\n\n```\n{commands}\n```\n"
-    write_json(folder / "results.json", {"args": vars(args), "rows": rows})
-    write_atomic(folder / "report.md", text)
-    draw(rows, folder / "report.png")
-    print(f"\n{table}\n{notes}\nreport: {folder}/report.md, report.png, results.json")
-    print(f"total: {seconds:.0f} s")
+class Child:
+    """One running stage; what it prints goes to NAME.log beside its folder."""
+
+    def __init__(self, stage: Stage, jobs: int):
+        self.stage, self.shown = stage, shlex.join(stage.command)
+        self.log = stage.folder.with_name(stage.name + ".log")
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.log, "ab")  # noqa: SIM115
+        threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
+        # In a session of its own, so that Ctrl-C reaches it once: through us.
+        python, own = [sys.executable], stage.command[len(stage.launcher) + 1 :]
+        if stage.launcher[0] == "torchrun":
+            python += ["-m", "torch.distributed.run", *stage.launcher[1:]]
+        self.process = subprocess.Popen(
+            [*python, str(ROOT / stage.script), *own],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=threads | os.environ,
+        )
+
+    def read(self, echo: bool) -> bool:
+        """Pass on what it has printed; False at its end."""
+        piece = self.process.stdout.read1()
+        self.file.write(piece)
+        if echo:
+            sys.stdout.buffer.write(piece)
+            sys.stdout.buffer.flush()
+        return piece != b""
+
+    def finish(self) -> None:
+        """Raise if it has failed."""
+        code = self.process.wait()
+        self.file.close()
+        if code != 0 or not self.stage.manifest.exists():
+            last = self.log.read_text(errors="replace").strip().splitlines()[-5:]
+            kind = UserError if code == 2 else RunFailure
+            raise kind(
+                f"stage {self.stage.name} failed with exit code {code} ({' / '.join(last)}); log: "
+                f"{self.log}; to retry: {self.shown}"
+            )
+
+
+def run_stages(stages: list[Stage], jobs: int) -> None:
+    """Run each stage once what it needs is finished, `jobs` at a time. If one fails, or a signal
+    comes, the others are stopped: they save what they have done."""
+    waiting, done = list(stages), set()
+    with selectors.DefaultSelector() as running:
+        try:
+            while waiting or running.get_map():
+                for stage in list(waiting):
+                    needs = [*stage.needs, *(stage.budget[1] if stage.budget else ())]
+                    ready = all(need.folder in done for need in needs)
+                    if not ready or len(running.get_map()) == jobs:
+                        continue
+                    waiting.remove(stage)
+                    if is_finished(stage):
+                        print(f"\n# {stage.name}: finished before\n{shlex.join(stage.command)}")
+                        done.add(stage.folder)
+                        continue
+                    child = Child(stage, jobs)
+                    print(f"\n# {stage.name}\n{child.shown}", flush=True)
+                    running.register(child.process.stdout, selectors.EVENT_READ, child)
+                for key, _ in running.select() if running.get_map() else ():
+                    if not key.data.read(echo=jobs == 1):
+                        running.unregister(key.fileobj)
+                        key.data.finish()
+                        done.add(key.data.stage.folder)
+        except BaseException as error:
+            number = error.number if isinstance(error, Stopped) else signal.SIGTERM
+            for key in running.get_map().values():
+                key.data.process.send_signal(number)
+            for key in list(running.get_map().values()):
+                key.data.process.communicate()
+            raise
 
 
 def main(args: Args) -> None:
     check_ranges(args)
-    stages = plan(args, fill_in(args))
+    check(min(args.seeds) >= 0, f"--seeds {min(args.seeds)} is negative")
+    check(len(set(args.seeds)) == len(args.seeds), "a seed stands twice in --seeds")
+    preset = fill_in(args)
+    stages, evaluations = plan(args, preset)
+    machine = find_machine(args)
+    launch_with(args, machine, stages)
+    problems = fit(args, machine, stages)
     if args.dry_run:
-        print_plan(stages)
+        print_plan(stages, preset)
         print_budget(stages)
+        print("".join(f"\nthis would not run: {problem}" for problem in problems))
         return
+    hint = "; use more GPUs, smaller models or another --output_dir"
+    check(not problems, "; ".join(problems) + hint)
     began = time.perf_counter()
-    print_budget(stages)
-    for stage in stages:
-        run_stage(stage)
-    report(args, stages, time.perf_counter() - began)
+    if args.only_report:
+        missing = [stage.name for stage in stages if not is_finished(stage)]
+        names = ", ".join(missing[:3])
+        message = f"{len(missing)} of {len(stages)} stages are not finished ({names} ...)"
+        check(not missing, f"{message}; the same command without --only_report runs them")
+    else:
+        print_budget(stages)
+        run_stages(stages, args.jobs)
+    if args.node_rank == 0:
+        write_report(Path(args.output_dir), args, evaluations)
+    print(f"total: {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

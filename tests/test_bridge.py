@@ -9,7 +9,7 @@ import pytest
 from test_scripts import run
 
 import bridge
-from common.run import ROOT
+from common.run import ROOT, RunFailure, UserError
 
 TINY = [
     *("--num_steps", "1", "--prompts_per_step", "2", "--group_size", "2"),
@@ -47,42 +47,155 @@ def test_the_plan_for_the_real_models_needs_nothing(capsys, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("teacher", ["toy/teacher", "Qwen/Qwen3-8B"])
 def test_every_planned_flag_is_one_of_its_script(teacher):
-    args = bridge.Args(teacher=teacher)
-    for stage in bridge.plan(args, bridge.fill_in(args)):
+    args = bridge.Args(teacher=teacher, routes=("all",))
+    for stage in bridge.plan(args, bridge.fill_in(args))[0]:
         module = __import__(stage.script.removesuffix(".py"))
         fields = module.Args.__dataclass_fields__
         assert set(stage.flags) <= set(fields), stage.name
 
 
 @pytest.mark.parametrize("teacher", ["toy/teacher", "Qwen/Qwen3-8B"])
-def test_cold_has_the_label_uses_of_both_grpo_stages(teacher):
-    args = bridge.Args(teacher=teacher)
-    stages = {stage.name: stage for stage in bridge.plan(args, bridge.fill_in(args))}
-    steps = {
-        name: s.settings["num_steps"].value for name, s in stages.items() if "eval" not in name
+def test_labels_and_steps_are_matched(teacher):
+    """Label uses: rollouts that are rewarded, or filtered by their verdict."""
+    args = bridge.Args(teacher=teacher, routes=("all",))
+    stages = {stage.name: stage for stage in bridge.plan(args, bridge.fill_in(args))[0]}
+    steps = {n: s.flags["num_steps"] for n, s in stages.items() if "eval" not in n}
+    uses = {
+        n: steps[n] * stages[n].flags["prompts_per_step"] * stages[n].flags["group_size"]
+        for n in steps
     }
-    assert steps["cold"] == steps["teacher_grpo"] + steps["student_grpo"]
-    if teacher.startswith("toy"):  # and the student updates of warmup, OPD and GRPO
-        assert steps["cold"] == steps["fkl_warmup"] + steps["opd"] + steps["student_grpo"]
-    for name in ("prompts_per_step", "group_size"):
-        values = {stages[n].flags[name] for n in ("cold", "teacher_grpo", "student_grpo")}
-        assert len(values) == 1
+    paid = uses["teacher_grpo"] + uses["student_grpo"]  # half
+    assert uses["cold"] == uses["full_teacher_grpo"] == paid
+    assert uses["teacher_sft"] == uses["teacher_grpo"]
+    assert {uses[n] for n in uses if n.endswith("_grpo")} == {
+        *(uses["teacher_grpo"], uses["student_grpo"], uses["full_teacher_grpo"])
+    }
+    transfer = steps["fkl_warmup"] + steps["opd"]
+    assert steps["opd_only"] == steps["sft_transfer"] == transfer
+    if teacher.startswith("toy"):  # every student has as many updates
+        assert steps["cold"] == transfer + steps["student_grpo"]
+        for prefix in ("full", "raw_teacher", "same_size"):
+            assert steps[f"{prefix}_fkl_warmup"] + steps[f"{prefix}_opd"] == steps["cold"]
+
+
+QWEN = {"teacher": "Qwen/Qwen3-8B", "dry_run": True, "output_dir": "/tmp/never"}
+
+
+def settings_of(printed: str, kind: str) -> dict[str, str]:
+    rows = [line.split() for line in printed.splitlines() if line.startswith(f"{kind} ")]
+    return {row[1]: row[2] for row in rows}
+
+
+@pytest.mark.usefixtures("no_network")
+def test_one_gpu_of_80_gb_gets_what_makes_each_stage_fit(capsys):
+    """The user's own command, with no other flag, on such a machine."""
+    machine = {"gpu_memory_gb": 80.0, "host_memory_gb": 256.0, "nproc_per_node": 1}
+    bridge.main(bridge.Args(**QWEN, **machine))
+    printed = capsys.readouterr().out
+    assert settings_of(printed, "teacher_grpo")["cpu_offload"] == "True"
+    assert "cpu_offload" not in settings_of(printed, "student_grpo")
+    for kind in ("teacher_grpo", "fkl_warmup", "opd", "student_grpo"):
+        settings = settings_of(printed, kind)
+        assert settings["activation_checkpointing"] == "True"
+        assert 0.2 < float(settings["vllm_gpu_memory"]) <= 0.85
+    assert "host memory, since the GPU is too small (147 GB)" in printed
+    assert "# memory of teacher_grpo of Qwen/Qwen3-8B, GB for each of 1 ranks: computed" in printed
+    assert printed.count("fits a GPU of 80 GB") == 4
+    assert "host memory, and there are" not in printed
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_machine_that_does_not_suffice_stops_before_anything_is_loaded(tmp_path, monkeypatch):
+    gpu = {"gpu_memory_gb": 80.0, "nproc_per_node": 1}
+    own = QWEN | {"dry_run": False, "output_dir": str(tmp_path / "run")}
+    cases = [
+        (gpu | {"host_memory_gb": 100.0}, "needs 147 GB of host memory, and there are 100 GB"),
+        ({"gpu_memory_gb": 16.0, "host_memory_gb": 999.0}, r"needs \d+ GB on each of 1 GPUs"),
+        (gpu | {"host_memory_gb": 256.0}, "need 422 GB of disk, and .* has 64 GB"),
+    ]
+    usage = type("Usage", (), {"free": 64e9})
+    monkeypatch.setattr(bridge.shutil, "disk_usage", lambda folder: usage)
+    for machine, message in cases:
+        with pytest.raises(UserError, match=message):
+            bridge.main(bridge.Args(**own, **machine))
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_gpus_and_machines_are_launched_by_torchrun(capsys):
+    several = {"gpu_memory_gb": 80.0, "host_memory_gb": 999.0, "nproc_per_node": 8}
+    bridge.main(bridge.Args(**QWEN, **several))
+    printed = capsys.readouterr().out
+    assert printed.count("\ntorchrun --nproc_per_node 8 --standalone grpo.py ") == 3
+    assert printed.count("\ntorchrun --nproc_per_node 8 --standalone evaluate.py ") == 7
+    assert "cpu_offload" not in settings_of(printed, "teacher_grpo")
+    address = {"nnodes": 2, "node_rank": 1, "master_addr": "one.example"}
+    bridge.main(bridge.Args(**QWEN, **several, **address))
+    launch = "torchrun --nproc_per_node 8 --nnodes 2 --node_rank 1 --master_addr one.example"
+    assert f"\n{launch} --master_port 29500 opd.py " in capsys.readouterr().out
+    with pytest.raises(UserError, match="--nnodes needs --master_addr"):
+        bridge.main(bridge.Args(**QWEN, **several, nnodes=2))
+
+
+def test_the_workflow_under_two_ranks(tmp_path):
+    flags = [*TINY, "--routes", "raw_teacher", "--nproc_per_node", "2"]
+    done = run("bridge", *flags, "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["student_steps"] for row in rows] == [0, 0, 4]
+
+
+def test_jobs_run_what_is_ready_and_a_failure_stops_the_others(tmp_path, monkeypatch):
+    """Two stages at a time, none before what it needs."""
+    log = tmp_path / "log"
+    body = """
+import json, pathlib, signal, sys, time
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+folder, log = pathlib.Path(flags["--output_dir"]), pathlib.Path(flags["--log"])
+write = lambda what: log.open("a").write(f"{what} {folder.name}\\n")
+signal.signal(signal.SIGTERM, lambda *_: (write("stopped"), sys.exit(143)))
+write("begin")
+time.sleep(float(flags["--sleep"]))
+if flags["--sleep"] == "0.7":
+    sys.exit(1)
+folder.mkdir()
+write("end")
+(folder / "manifest.json").write_text("{}")
+"""
+    (tmp_path / "stub.py").write_text(body)
+    monkeypatch.setattr(bridge, "ROOT", tmp_path)
+
+    def stage(name: str, sleep: float, *needs):
+        folder = tmp_path / "out" / name
+        wiring = {"sleep": sleep, "log": str(log), "output_dir": str(folder)}
+        return bridge.Stage(name, "", "stub.py", folder, wiring, {}, list(needs))
+
+    a, b = stage("a", 0.6), stage("b", 0.1)
+    c = stage("c", 0.1, a)
+    d = stage("d", 0.1, b)
+    bridge.run_stages([a, c, b, d], jobs=2)
+    lines = log.read_text().split("\n")
+    assert set(lines[:2]) == {"begin a", "begin b"}
+    assert lines.index("begin d") < lines.index("end a") < lines.index("begin c")
+    log.unlink()
+    with pytest.raises(RunFailure, match="stage bad failed"):
+        bridge.run_stages([stage("slow", 30), stage("bad", 0.7)], jobs=2)
+    assert "stopped slow" in log.read_text()
 
 
 def test_the_workflow_runs_skips_and_reports(tmp_path):
     folder = tmp_path / "out"
     done = run("bridge", *TINY, "--output_dir", folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads((folder / "seed_0" / "results.json").read_text())["rows"]
+    rows = json.loads((folder / "results.json").read_text())["rows"]
     assert len(rows) == 7
     uses = {row["title"]: row["label_uses"] for row in rows}
     assert (uses["untrained student"], uses["raw teacher"]) == (0, 0)
-    assert uses["bridge: + OPD (1H)"] == 4
-    assert uses["bridge: + GRPO (2H)"] == uses["cold GRPO (1H + 2H)"] == 8
-    report = (folder / "seed_0" / "report.md").read_text()
-    assert report.count("\n| ") == 9
+    assert uses["RL teacher: FKL, OPD (1H)"] == 4
+    assert uses["RL teacher: FKL, OPD (1H), GRPO (2H)"] == uses["cold: GRPO (all)"] == 8
+    report = (folder / "report.md").read_text()
+    assert report.count("\n| ") == 2 * 9
     assert "it is no evidence" in report
-    assert (folder / "seed_0" / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert (folder / "report.png").read_bytes()[:4] == b"\x89PNG"
     again = run("bridge", *TINY, "--output_dir", folder)
     assert again.returncode == 0
     assert again.stdout.count("finished before") == 12

@@ -1,0 +1,195 @@
+"""The study's statistics against scipy and enumeration, its accounting against made-up stages."""
+
+import json
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from conftest import SEED, tiny_model
+from scipy.stats import ttest_1samp, ttest_rel
+from torch.utils.flop_counter import FlopCounterMode
+
+import bridge
+from common.model import forward_flops
+from common.rollout import Rollout
+from common.run import UserError
+from report import CLAIMS, PAPER, judge, t_interval, t_test
+
+
+def test_t_interval_and_p_are_scipys():
+    rng = np.random.default_rng(SEED)
+    for count in (2, 3, 10):
+        a, b = rng.normal(0.3, 1, count), rng.normal(0, 1, count)
+        theirs = ttest_1samp(a, 0).confidence_interval(0.95)
+        assert t_interval(a.tolist()) == pytest.approx(list(theirs))
+        assert t_test((a - b).tolist()) == pytest.approx(ttest_rel(a, b).pvalue)
+    assert t_interval([0.0, 1.0]) == pytest.approx([0.5 - 12.7062 / 2, 0.5 + 12.7062 / 2], 1e-4)
+    assert t_interval([0.3]) is None
+
+
+def test_t_interval_covers_where_a_bootstrap_of_five_seeds_does_not():
+    rng = np.random.default_rng(SEED)
+    samples = rng.normal(0, 1, (2000, 5))
+    ours = np.mean([low <= 0 <= high for low, high in map(t_interval, samples.tolist())])
+    means = samples[:, rng.integers(5, size=(1000, 5))].mean(-1)
+    low, high = np.quantile(means, [0.025, 0.975], axis=1)
+    assert 0.935 < ours < 0.965
+    assert np.mean((low <= 0) & (high >= 0)) < 0.9
+
+
+def test_holm_is_the_closed_test_of_bonferroni():
+    """A claim is rejected if and only if Bonferroni rejects every set of claims that holds it."""
+    rng = np.random.default_rng(SEED)
+    for _ in range(40):
+        differences = rng.normal(rng.choice([0, 1.2], 4)[:, None], 1, (4, 5)).tolist()
+        p = [t_test(values) for values in differences]
+        sets = [set(s) for size in range(1, 5) for s in combinations(range(4), size)]
+        for i, result in enumerate(judge(differences)):
+            rejected = all(min(p[j] for j in s) < 0.05 / len(s) for s in sets if i in s)
+            assert (result["verdict"] != "undecided") == rejected
+            low, high = result["interval"]
+            assert low < result["difference"] < high
+            if rejected:  # and the interval that is shown says the same
+                assert low > 0 or high < 0
+
+
+def test_verdicts():
+    up, down, noise = [0.2, 0.21, 0.19, 0.2], [-0.2, -0.21, -0.19, -0.2], [0.3, -0.3, 0.2, -0.1]
+    verdicts = [result["verdict"] for result in judge([up, down, noise])]
+    assert verdicts == ["supported", "not supported", "undecided"]
+    assert judge([[0.5]])[0]["verdict"] == "undecided"  # one seed decides nothing
+    assert judge([[0.0, 0.0, 0.0]])[0]["verdict"] == "undecided"
+
+
+# === accounting ===
+
+
+def test_flops_are_those_that_torch_counts(tokenizer):
+    """torch counts all T x T pairs of the eager attention; a causal one needs T (T + 1) / 2."""
+    model = tiny_model(tokenizer, attn_implementation="eager")
+    for prompt, completion in ((5, 9), (7, 1)):
+        rollout = Rollout(list(range(prompt)), list(range(completion)), None, "eos", "")
+        T = prompt + completion - 1
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            hidden = model.model(torch.arange(T)[None]).last_hidden_state
+            model.lm_head(hidden[:, prompt - 1 :])
+        attention = 4 * 2 * 4 * 8  # layers, heads, head size
+        expected = counter.get_total_flops() - attention * (T**2 - T * (T + 1) / 2)
+        assert forward_flops(model, [rollout]) == expected
+    shared = forward_flops(model, [rollout] * 6, shared=6)
+    assert forward_flops(model, [rollout]) < shared < 6 * forward_flops(model, [rollout])
+
+
+def make_up(stages) -> None:
+    """Finished stages with numbers that tell them apart: the n-th has 10^4 n tokens and so on."""
+    for n, stage in enumerate(stages, 1):
+        stage.folder.mkdir(parents=True)
+        config = {"num_problems": 300 if stage.wiring.get("split") == "all" else 150}
+        (stage.folder / "config.json").write_text(
+            json.dumps(json.loads(json.dumps(stage.flags)) | config)
+        )
+        if stage.script == "evaluate.py":
+            counts = [n % 17, (3 * n) % 17, 16, 0]
+            own = {"num_samples": 16, "num_problems": 4, "accuracy": sum(counts) / 64}
+            own |= {"correct_counts": counts, "majority": 0.5}
+            own |= {"rollout/length": 9.0, "rollout/truncated": 0.0}
+            text = json.dumps({"benchmarks": {"toy": own}})
+            (stage.folder / "samples").mkdir()
+            (stage.folder / "samples" / "toy.jsonl").write_text('{"completion": "1+1=2"}\n')
+        else:
+            steps = stage.flags["num_steps"]
+            own = {"step": steps, "cursor": 16 * steps, "verifier_calls": 256 * steps}
+            own |= {"generated_tokens": 10_000 * n, "seconds": float(n)}
+            text = json.dumps(own | {"flops": 1e12 * n, "teacher_flops": 1e9 * n})
+            rows = [{"policy/reverse_kl": 1 / step} for step in range(1, steps + 1)]
+            (stage.folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        stage.manifest.write_text(text)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Every route of two seeds, made up."""
+    folder = tmp_path_factory.mktemp("study")
+    args = bridge.Args(routes=("all",), seeds=(1, 2), output_dir=str(folder), only_report=True)
+    stages, _ = bridge.plan(args, bridge.fill_in(args))
+    make_up(stages)
+    bridge.main(args)
+    results = json.loads((folder / "results.json").read_text())
+    return folder, stages, results
+
+
+def test_cost_of_a_route(study):
+    """half: distinct labels of 1H and 2H, uses of both GRPO stages, and all that four stages used;
+    replay: the same labels twice; distillation uses none."""
+    _, stages, results = study
+    rows = {row["title"]: row for row in results["rows"]}
+    number = {(s.wiring["seed"], s.name): n for n, s in enumerate(stages, 1)}
+    half = rows["RL teacher: FKL, OPD (1H), GRPO (2H)"]
+    behind = ("teacher_grpo", "fkl_warmup", "opd", "student_grpo")
+    numbers = [sum(number[seed, name] for name in behind) for seed in (1, 2)]
+    assert half["distinct_labels"] == 300
+    assert half["label_uses"] == 256 * (40 + 20)
+    assert half["monitoring_calls"] == 256 * (15 + 25)
+    assert half["student_steps"] == 15 + 25 + 20
+    assert half["generated_tokens"] == pytest.approx(10_000 * sum(numbers) / 2)
+    assert half["training_flops"] == pytest.approx(1e12 * sum(numbers) / 2)
+    assert half["teacher_flops"] == pytest.approx(1e9 * sum(numbers) / 2)
+    replay = rows["RL teacher: FKL, OPD (1H), GRPO (1H)"]
+    assert (replay["distinct_labels"], replay["label_uses"]) == (150, 256 * 60)
+    assert rows["raw teacher: FKL, OPD (all)"]["label_uses"] == 0
+    assert rows["SFT teacher (1H)"]["label_uses"] == 256 * 40
+    same_size = rows["RL student as teacher: FKL, OPD (all)"]
+    assert same_size["label_uses"] == rows["cold: GRPO (all)"]["label_uses"] == 256 * 60
+    assert same_size["student_steps"] == 60  # not the steps of its teacher
+    assert rows["untrained student"]["generated_tokens"] == 0
+
+
+def test_matched_controls_get_what_the_full_route_has_used(study):
+    _, stages, _ = study
+    of = {(s.wiring["seed"], s.name): s for s in stages}
+    done = [
+        json.loads(of[2, name].manifest.read_text())
+        for name in ("full_teacher_grpo", "full_fkl_warmup", "full_opd")
+    ]
+    tokens = of[2, "cold_matched_tokens"].flags["stop_at_tokens"]
+    assert tokens == sum(manifest["generated_tokens"] for manifest in done)
+    flops = of[2, "cold_matched_flops"].flags["stop_at_flops"]
+    assert flops == sum(manifest["flops"] + manifest["teacher_flops"] for manifest in done)
+
+
+def test_shared_stages_are_planned_once(study):
+    _, stages, _ = study
+    folders = [stage.folder for stage in stages]
+    assert len(folders) == len(set(folders))
+    assert sum("base" in str(folder) for folder in folders) == 2
+    assert sum(s.script != "evaluate.py" for s in stages) == 2 * 23
+
+
+def test_report_shows_routes_claims_and_conditions(study):
+    folder, _, results = study
+    report = (folder / "report.md").read_text()
+    assert all(claim.text in report for claim in CLAIMS)
+    assert len(results["claims"]) == len(CLAIMS)
+    for row in results["rows"]:
+        assert row["title"] in report
+        result = row["benchmarks"]["toy"]
+        assert result["accuracy"] == pytest.approx(np.mean(list(result["by_seed"].values())))
+        assert (result["over_seeds"] is None) == (
+            row["route"] == "models" and "(" not in row["title"]
+        )
+    assert (folder / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert "cores" in results["setting"]["machine"]
+
+
+def test_only_report_needs_finished_stages(tmp_path):
+    with pytest.raises(UserError, match="12 of 12 stages are not finished"):
+        bridge.main(bridge.Args(output_dir=str(tmp_path / "none"), only_report=True))
+
+
+def test_claims_and_paper_speak_of_rows_that_there_are():
+    args = bridge.Args(teacher="Qwen/Qwen3-8B", routes=("all",))
+    _, evaluations = bridge.plan(args, bridge.fill_in(args))
+    titles = {evaluation.title for evaluation in evaluations}
+    assert {title for claim in CLAIMS for title in (claim.lower, claim.higher)} <= titles
+    assert {title for rows in PAPER.values() for title in rows} <= titles
