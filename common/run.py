@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from itertools import accumulate
@@ -636,6 +637,9 @@ class Run:
 
 
 # === tensors of a checkpoint ===
+
+# Of a single process it says that it saves as one, which is what no_dist asks for.
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 
 def training_state(model, optimizer) -> dict[str, torch.Tensor]:
