@@ -27,6 +27,7 @@ and results.json in OUTPUT_DIR.
 import importlib
 import json
 import os
+import re
 import selectors
 import shlex
 import shutil
@@ -484,7 +485,10 @@ def find_machine(args: Args) -> Machine:
     check(args.nnodes == 1 or args.master_addr, "--nnodes needs --master_addr of machine 0")
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     host = args.host_memory_gb * GB if args.host_memory_gb else host
-    return Machine(args.nproc_per_node or max(1, count), gpu, host)
+    machine = Machine(args.nproc_per_node or max(1, count), gpu, host)
+    alone = gpu is None and args.nnodes == 1
+    check(args.jobs == 1 or alone, "--jobs is for the CPU of one machine: a stage fills a GPU")
+    return machine
 
 
 def launch_with(args: Args, machine: Machine, stages: list[Stage]) -> None:
@@ -492,6 +496,7 @@ def launch_with(args: Args, machine: Machine, stages: list[Stage]) -> None:
     if machine.ranks * args.nnodes == 1:
         return
     launcher = ["torchrun", "--nproc_per_node", str(machine.ranks)]
+    launcher += ["--shutdown_timeout", "600"]  # its 30 s would kill ranks that stop after a phase
     if args.nnodes == 1:
         launcher += ["--standalone"]
     else:
@@ -512,7 +517,7 @@ def fit(args: Args, machine: Machine, stages: list[Stage]) -> list[str]:
     does not fit: the GPUs, the host's memory, the disk."""
     ranks, disk, said, problems = machine.ranks * args.nnodes, 0.0, [], []
     for stage in stages:
-        if stage.script == "evaluate.py":
+        if stage.script == "evaluate.py" or stage.manifest.exists():
             continue
         names = {
             flag: base_model(stage, flag) for flag in ("model", "teacher") if flag in stage.flags
@@ -520,19 +525,24 @@ def fit(args: Args, machine: Machine, stages: list[Stage]) -> list[str]:
         shapes = {flag: memory.shape_of(name) for flag, name in names.items()}
         unknown = [names[flag] for flag, shape in shapes.items() if shape is None]
         if unknown:
-            said.append(f"no memory plan of {', '.join(unknown)}: no config.json at hand")
+            said.append(f"no memory plan of {', '.join(unknown)}: no config.json that it can read")
             continue
         flags = importlib.import_module(stage.script.removesuffix(".py")).Args(**stage.flags)
-        planned = smallest_change(flags, shapes, ranks, machine.gpu)
+        planned, engine = smallest_change(stage, flags, shapes, ranks, machine.gpu)
         if not stage.folder.exists():
             disk += (2 * 12 + 4) * shapes["model"].params  # two checkpoints and the final model
         on_device = 0.0 if machine.gpu else planned.device
-        on_host = (planned.host + on_device) * machine.ranks
+        on_host = (planned.host + on_device) * machine.ranks * args.jobs
         update, what = planned.peak("update"), f"{stage.kind} of {names['model']} needs"
         if machine.gpu and update > USABLE * machine.gpu:
             problems.append(
                 f"{what} {update / GB:.0f} GB on each of {ranks} GPUs (weights in host memory), "
                 f"and they have {machine.gpu / GB:.0f} GB"
+            )
+        elif machine.gpu and engine > flags.vllm_gpu_memory * machine.gpu:
+            problems.append(
+                f"{what} {engine / GB:.0f} GB of each GPU for vLLM's weights and one sequence, and "
+                f"{flags.vllm_gpu_memory * machine.gpu / GB:.0f} GB are left"
             )
         elif on_host > machine.host:
             problems.append(
@@ -556,21 +566,31 @@ def fit(args: Args, machine: Machine, stages: list[Stage]) -> list[str]:
     return list(dict.fromkeys(problems))
 
 
-def smallest_change(flags, shapes: dict, ranks: int, gpu: float | None) -> memory.Plan:
+def smallest_change(
+    stage: Stage, flags, shapes: dict, ranks: int, gpu: float | None
+) -> tuple[memory.Plan, float]:
     """Sets micro_batch_size and cpu_offload of a trainer's Args to the first that fit (neither
-    changes a result; the second is much slower), and gives vLLM the rest of the GPU."""
+    changes a result; the second is much slower), and gives vLLM the rest of the GPU. What the user
+    has set stays. Returns the plan, and the bytes that vLLM needs at least."""
     model, teacher = shapes["model"], shapes.get("teacher")
     frozen = [model] if getattr(flags, "kl_coef", 0) > 0 else [teacher] if teacher else []
     sampled = teacher if hasattr(flags, "correct_only") else model
+    planned = memory.plan(flags, model, frozen, sampled, ranks, gpu)
+    if gpu is None:
+        return planned, 0.0
+    engine = 0.0 if flags.backend == "torch" else memory.smallest_engine(flags, sampled)
+    given = {name for name, s in stage.settings.items() if s.source == "command line"}
     micro = flags.micro_batch_size
-    for flags.cpu_offload, flags.micro_batch_size in product((False, True), (micro, 1)):
+    smaller = (micro,) if "micro_batch_size" in given else (micro, 1)
+    for flags.cpu_offload, flags.micro_batch_size in product((False, True), smaller):
         planned = memory.plan(flags, model, frozen, sampled, ranks, gpu)
-        if gpu is None or planned.peak("update") <= USABLE * gpu:
+        if "vllm_gpu_memory" not in given:
+            kept = sum(i.size for i in planned.items if i.where == "device" and i.phase == "always")
+            flags.vllm_gpu_memory = round(max(0.05, min(0.85, USABLE - kept / gpu)), 2)
+        fits = planned.peak("update") <= USABLE * gpu
+        if fits and engine <= flags.vllm_gpu_memory * gpu:
             break
-    if gpu is not None:
-        kept = sum(i.size for i in planned.items if i.where == "device" and i.phase == "always")
-        flags.vllm_gpu_memory = round(max(0.05, min(0.85, USABLE - kept / gpu)), 2)
-    return memory.plan(flags, model, frozen, sampled, ranks, gpu)
+    return memory.plan(flags, model, frozen, sampled, ranks, gpu), engine
 
 
 def choose(stage: Stage, flags, planned: memory.Plan, machine: Machine, ranks: int) -> str:
@@ -625,7 +645,8 @@ def is_finished(stage: Stage) -> bool:
     if not stage.manifest.exists():
         return False
     config = json.loads((stage.folder / "config.json").read_text())
-    wanted = json.loads(json.dumps(stage.flags))
+    flags = importlib.import_module(stage.script.removesuffix(".py")).Args(**stage.flags)
+    wanted = json.loads(json.dumps(vars(flags)))
     differing = [k for k, value in wanted.items() if k not in FREE and config.get(k) != value]
     check(
         not differing,
@@ -643,6 +664,7 @@ class Child:
         self.log = stage.folder.with_name(stage.name + ".log")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.log, "ab")  # noqa: SIM115
+        self.begin = self.file.tell()
         threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
         # In a session of its own, so that Ctrl-C reaches it once: through us.
         python, own = [sys.executable], stage.command[len(stage.launcher) + 1 :]
@@ -670,10 +692,13 @@ class Child:
         code = self.process.wait()
         self.file.close()
         if code != 0 or not self.stage.manifest.exists():
-            last = self.log.read_text(errors="replace").strip().splitlines()[-5:]
-            kind = UserError if code == 2 else RunFailure
-            raise kind(
-                f"stage {self.stage.name} failed with exit code {code} ({' / '.join(last)}); log: "
+            text = self.log.read_bytes()[self.begin :].decode(errors="replace").strip()
+            # torchrun ends with a table of its own, and with code 1.
+            errors = re.findall(r"^(?:rank \d+: )?error: .*", text, re.MULTILINE)
+            shown = errors[:1] or text.splitlines()[-5:]
+            bad_input = code == 2 or re.search(r"^ *exitcode *: 2 ", text, re.MULTILINE)
+            raise (UserError if bad_input else RunFailure)(
+                f"stage {self.stage.name} failed with exit code {code} ({' / '.join(shown)}); log: "
                 f"{self.log}; to retry: {self.shown}"
             )
 
@@ -708,16 +733,25 @@ def run_stages(stages: list[Stage], jobs: int) -> None:
             for key in running.get_map().values():
                 key.data.process.send_signal(number)
             for key in list(running.get_map().values()):
-                key.data.process.communicate()
+                key.data.file.write(key.data.process.communicate()[0])
             raise
+
+
+def check_folder(folder: Path) -> None:
+    """The report must not replace the files of another run."""
+    there = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    own = there and any((folder / "base").glob("eval_*"))
+    check(own or not there, f"{folder} exists and is no study's; choose another --output_dir")
 
 
 def main(args: Args) -> None:
     check_ranges(args)
+    check(args.seeds and args.routes, "--seeds and --routes need a value each")
     check(min(args.seeds) >= 0, f"--seeds {min(args.seeds)} is negative")
     check(len(set(args.seeds)) == len(args.seeds), "a seed stands twice in --seeds")
     preset = fill_in(args)
     stages, evaluations = plan(args, preset)
+    check_folder(Path(args.output_dir))
     machine = find_machine(args)
     launch_with(args, machine, stages)
     problems = fit(args, machine, stages)
@@ -727,7 +761,7 @@ def main(args: Args) -> None:
         print("".join(f"\nthis would not run: {problem}" for problem in problems))
         return
     hint = "; use more GPUs, smaller models or another --output_dir"
-    check(not problems, "; ".join(problems) + hint)
+    check(args.only_report or not problems, "; ".join(problems) + hint)
     began = time.perf_counter()
     if args.only_report:
         missing = [stage.name for stage in stages if not is_finished(stage)]

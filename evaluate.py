@@ -201,7 +201,10 @@ def compare(folders: tuple[str, str]) -> None:
     paths = [Path(folder) / "results.json" for folder in folders]
     for path in paths:
         check(path.is_file(), f"{path} does not exist; evaluate first")
-    a, b = (json.loads(path.read_text())["benchmarks"] for path in paths)
+    results = [json.loads(path.read_text()) for path in paths]
+    for path, result in zip(paths, results, strict=True):
+        check("benchmarks" in result, f"{path} is no result of evaluate.py")
+    a, b = (result["benchmarks"] for result in results)
     shared = [name for name in a if name in b]
     check(len(shared) > 0, f"no benchmark in common: {', '.join(a)} and {', '.join(b)}")
     for name in shared:
@@ -209,6 +212,8 @@ def compare(folders: tuple[str, str]) -> None:
             a[name]["problems"] == b[name]["problems"],
             f"{name}: the two runs did not ask the same problems; use one --num_problems for both",
         )
+        counts = [result[name]["num_samples"] for result in (a, b)]
+        check(counts[0] == counts[1], f"{name}: {counts[0]} and {counts[1]} samples a problem")
         for measure, (value, (low, high)) in paired_difference(a[name], b[name]).items():
             print(
                 f"{name} {measure}: {folders[0]} minus {folders[1]} = {100 * value:+.1f} points "

@@ -53,7 +53,9 @@ from common.run import (
     check_ranges,
     join_ranks,
     max_over_ranks,
+    num_ranks,
     rank,
+    share_of,
     start,
     sum_dicts_over_ranks,
     sum_over_ranks,
@@ -342,7 +344,8 @@ def main(args: Args) -> None:
 
             # --- generate ---
             if given:
-                sampled = stream.take(run.progress, args.prompts_per_step * args.group_size)
+                rows = stream.take(run.progress, args.prompts_per_step * args.group_size)
+                _, sampled = share_of(rows, rank(), num_ranks())
                 verify(verifier, sampled)
             else:
                 prompts = stream.take(run.progress, args.prompts_per_step)

@@ -56,9 +56,10 @@ class Shape:
     def rest(self) -> int:
         return self.params - self.layers * self.layer
 
-    def activations(self, c: int) -> int:
-        """Bytes a token and layer that autograd keeps (attention without its T x T scores)."""
-        norms = 16 * self.hidden + 2 * c * self.hidden
+    def activations(self, c: int, residual: int) -> int:
+        """Bytes a token and layer that autograd keeps (attention without its T x T scores);
+        c, residual: bytes of the compute type and of the residual stream."""
+        norms = 16 * self.hidden + 2 * residual * self.hidden
         attention = 2 * c * self.qk + (8 * self.qk if self.qk_norm else 0)
         return norms + attention + 4 * c * self.inner
 
@@ -66,12 +67,20 @@ class Shape:
 @cache
 def shape_of(name: str) -> Shape | None:
     """From the model's config.json, here or in the hub's cache, or a known Qwen3; else None."""
+    try:
+        config = _config_of(name)
+        return config and shape_of_config(config)
+    except (OSError, ValueError, AttributeError):  # damaged, or of an architecture with other names
+        return None
+
+
+def _config_of(name: str):
     path = model_path(name)
     if (Path(path) / "config.json").exists() or try_to_load_from_cache(path, "config.json"):
-        config = AutoConfig.from_pretrained(path)
-    elif name in QWEN3:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if name in QWEN3:
         hidden, layers, heads, kv_heads, inner, tied = QWEN3[name]
-        config = Qwen3Config(
+        return Qwen3Config(
             vocab_size=151_936,
             hidden_size=hidden,
             num_hidden_layers=layers,
@@ -81,9 +90,7 @@ def shape_of(name: str) -> Shape | None:
             intermediate_size=inner,
             tie_word_embeddings=tied,
         )
-    else:
-        return None
-    return shape_of_config(config)
+    return None
 
 
 def shape_of_config(config) -> Shape:
@@ -169,17 +176,18 @@ def plan(
     if sharded:
         gathered = max(c * (2 * s.layer + s.rest) for s in (trained, *frozen))
         items.append(Item("gathered layers, embedding, head", gathered, phase="update"))
-        gradients = (c + 4) * trained.layer
+        gradients = (c + 4) * max(trained.layer, trained.vocab * trained.hidden)
         items.append(Item("gradients of a gathered layer", gradients, phase="update"))
     elif c == 2:
         copies = c * trained.layers * trained.layer
         items.append(Item("bfloat16 copies of the weights", copies, phase="update"))
     length = args.max_prompt_tokens + args.max_new_tokens
     tokens = args.micro_batch_size * length
-    per_layer = trained.activations(c)
+    residual = c if sharded else 4  # float32 weights under autocast: it is float32 too
+    per_layer = trained.activations(c, residual)
     kept = per_layer * trained.layers
     if args.activation_checkpointing:
-        kept = per_layer + c * trained.hidden * trained.layers
+        kept = per_layer + residual * trained.hidden * trained.layers
     kept += 8 * trained.hidden + 4 * c * trained.inner  # outside the layers; backward's temporaries
     items.append(Item("activations", tokens * kept, phase="update"))
     head = trained.vocab * trained.hidden
@@ -193,13 +201,21 @@ def plan(
         share = args.vllm_gpu_memory * gpu_memory
         items.append(Item("vLLM, asleep during the update", share, phase="sampling"))
     else:
-        rows = min(512, max(1, args.prompts_per_step * args.group_size // ranks))
-        cache = rows * length * sampled.layers * sampled.kv * c
-        gathered = c * sampled.params if sharded or c == 2 else 0
+        prompts = min(max(1, 512 // args.group_size), -(-args.prompts_per_step // ranks))
+        rows = prompts * args.group_size
+        cache = 1.5 * rows * length * sampled.layers * sampled.kv * c  # it grows by half
+        gathered = c * sampled.params if sharded or (c == 2 and sampled is trained) else 0
         items.append(Item("sampling: model and cache", gathered + cache, phase="sampling"))
     if gpu_memory:
         items.append(Item("CUDA context and fragmentation (allowance)", FIXED))
     return Plan(items)
+
+
+def smallest_engine(args, sampled: Shape) -> float:
+    """Bytes that vLLM needs of each GPU: its share of the weights and of one sequence's cache."""
+    c = {"float32": 4, "bfloat16": 2}[args.dtype]
+    length = args.max_prompt_tokens + args.max_new_tokens
+    return c * (sampled.params + length * sampled.layers * sampled.kv) / args.tensor_parallel
 
 
 def print_plan(args, trained: str, frozen: Sequence[str], sampled: str) -> None:
@@ -209,7 +225,7 @@ def print_plan(args, trained: str, frozen: Sequence[str], sampled: str) -> None:
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     shapes = {name: shape_of(name) for name in (trained, *frozen)}
     missing = [name for name, shape in shapes.items() if shape is None]
-    check(not missing, f"no memory plan: no config at hand of {', '.join(missing)}; download it")
+    check(not missing, f"no memory plan of {', '.join(missing)}: no config.json that it can read")
     size = args.gpu_memory_gb * GB if args.gpu_memory_gb else None
     if size is None and torch.cuda.is_available() and args.device != "cpu":
         size = torch.cuda.get_device_properties(0).total_memory

@@ -11,8 +11,6 @@ bridge.py calls this at its end (alone: `python bridge.py ... --only_report`).
 """
 
 import json
-import os
-import platform
 import shlex
 import statistics
 import sys
@@ -22,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t as student_t
 
-from common.run import environment, write_atomic, write_json
+from common.run import write_atomic, write_json
 from evaluate import cluster_interval
 
 
@@ -148,9 +146,11 @@ def judge(differences: list[list[float]], alpha: float = 0.05) -> list[dict[str,
     order = sorted(range(len(differences)), key=lambda i: t_test(differences[i]))
     results, going_on = {}, True
     for rank, i in enumerate(order):
-        level, values = alpha / (len(order) - rank), differences[i]
+        values = differences[i]
         mean, p = statistics.fmean(values), t_test(values)
-        going_on = going_on and p < level
+        if going_on:  # after the first failure the level stays, so that intervals hold 0
+            level = alpha / (len(order) - rank)
+            going_on = p < level
         verdict = ("supported" if mean > 0 else "not supported") if going_on else "undecided"
         interval = t_interval(values, 1 - level)
         results[i] = {"difference": mean, "interval": interval, "level": 1 - level}
@@ -482,7 +482,8 @@ Over seeds: t-intervals of repeated training, problems held fixed; over problems
 seeds held fixed; 95% each. Label uses: completions whose verdict was a reward or a filter;
 monitoring: verdicts that were only logged. Student steps: rollout steps of the student's stages.
 FLOPs are counted from the lengths of the sequences: matrix products of sampling, of updates and of
-frozen models. Costs are of all training stages behind a row, means over seeds, evaluation left out.
+frozen models; what checkpointed activations compute again is left out. Costs are of all training
+stages behind a row, means over seeds, evaluation left out.
 """
 TOY_NOTE = """
 The toy is built so that the paper's premise holds: it illustrates the mechanism, it is no evidence
@@ -494,14 +495,11 @@ interval at the level that Holm's procedure gives it; p: two-sided t-test of no 
 """
 
 
-def machine() -> str:
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
-        model = names[0] if names else model
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} cores ({model}), {memory:.0f} GiB"
+def setting_of(evaluations: list[Evaluation]) -> dict[str, str]:
+    """Machine, versions and commit of the evaluations: who writes the report may be elsewhere."""
+    configs = [json.loads((e.stage.folder / "config.json").read_text()) for e in evaluations]
+    every = [config["environment"] for config in configs]
+    return {name: "; ".join(sorted({one[name] for one in every})) for name in every[0]}
 
 
 def write_report(folder: Path, args, evaluations: list[Evaluation]) -> None:
@@ -514,7 +512,7 @@ def write_report(folder: Path, args, evaluations: list[Evaluation]) -> None:
     tables = f"{accuracy_table(rows, paper)}\n\n{cost_table(rows)}\n{notes}"
     if claims:
         tables += f"\n{claims_table(claims)}\n{CLAIM_NOTES}"
-    setting = {"command": f"python {shlex.join(sys.argv)}", "machine": machine()} | environment()
+    setting = {"command": f"python {shlex.join(sys.argv)}"} | setting_of(evaluations)
     listed = "\n".join(f"- {name}: {value}" for name, value in setting.items())
     seeds = " ".join(map(str, args.seeds))
     title = f"# {args.teacher} to {args.student}, seeds {seeds}"

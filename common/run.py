@@ -18,6 +18,7 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -343,14 +344,25 @@ def environment() -> dict[str, str]:
     if shutil.which("git"):
         git = ["git", "rev-parse", "HEAD"]
         commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    python = sys.version.split()[0]
-    return {"python": python, **versions, "git_commit": commit or "not a git checkout"}
+    setting = {"machine": machine(), "python": sys.version.split()[0], **versions}
+    return setting | {"git_commit": commit or "not a git checkout"}
+
+
+def machine() -> str:
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+        model = names[0] if names else model
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join([f"{os.cpu_count()} cores ({model})", f"{memory:.0f} GiB", *gpus])
 
 
 # These say how a run is watched, not what it computes: they may differ when it is resumed.
 FREE = {"environment", "output_dir", "track", "checkpoint_every", "keep_checkpoints"}
 FREE |= {"skip_nonfinite", "vllm_gpu_memory", "enforce_eager", "cpu_offload"}
-FREE |= {"activation_checkpointing", "tensor_parallel", "gpu_memory_gb"}
+FREE |= {"activation_checkpointing", "tensor_parallel", "gpu_memory_gb", "micro_batch_size"}
 
 
 def claim_folder(folder: Path, config: dict[str, object]) -> dict[str, object]:
@@ -499,6 +511,7 @@ class Run:
         step = self._completed.step
         folder = self.folder / "checkpoints" / f"step_{step}"
         temporary = folder.with_name(folder.name + ".tmp")
+        prepare_state(optimizer)  # it may have had no gradient yet, and a load asks for all of it
         on_first_rank(lambda: shutil.rmtree(temporary, ignore_errors=True))
         with writing(folder):
             write_tensors(temporary, training_state(model, optimizer))
@@ -517,7 +530,11 @@ class Run:
         """Model, optimizer and RNG state of the checkpoint that is resumed, if one is."""
         if self.checkpoint:
             prepare_state(optimizer)
-            read_tensors(self.checkpoint, training_state(model, optimizer))
+            try:
+                read_tensors(self.checkpoint, training_state(model, optimizer))
+            except dcp.api.CheckpointException as error:
+                message = f"{self.checkpoint} is not of this model and this version of the code"
+                raise UserError(f"{message}; choose another --output_dir") from error
             torch.set_rng_state(load_file(self.checkpoint / "rng.safetensors")["cpu"])
 
     # --- the loop ---
@@ -653,12 +670,13 @@ def training_state(model, optimizer) -> dict[str, torch.Tensor]:
 
 
 def prepare_state(optimizer) -> None:
-    """AdamW's state before its first step, to be read into."""
+    """Gives parameters that AdamW has not updated yet the state that its first update would."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": step, **moments}
+            if parameter not in optimizer.state:
+                step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[parameter] = {"step": step, **moments}
 
 
 def write_tensors(folder: Path, state: dict[str, torch.Tensor]) -> None:

@@ -125,19 +125,36 @@ def test_several_gpus_and_machines_are_launched_by_torchrun(capsys):
     several = {"gpu_memory_gb": 80.0, "host_memory_gb": 999.0, "nproc_per_node": 8}
     bridge.main(bridge.Args(**QWEN, **several))
     printed = capsys.readouterr().out
-    assert printed.count("\ntorchrun --nproc_per_node 8 --standalone grpo.py ") == 3
-    assert printed.count("\ntorchrun --nproc_per_node 8 --standalone evaluate.py ") == 7
+    launch = "torchrun --nproc_per_node 8 --shutdown_timeout 600"
+    assert printed.count(f"\n{launch} --standalone grpo.py ") == 3
+    assert printed.count(f"\n{launch} --standalone evaluate.py ") == 7
     assert "cpu_offload" not in settings_of(printed, "teacher_grpo")
     address = {"nnodes": 2, "node_rank": 1, "master_addr": "one.example"}
     bridge.main(bridge.Args(**QWEN, **several, **address))
-    launch = "torchrun --nproc_per_node 8 --nnodes 2 --node_rank 1 --master_addr one.example"
+    launch += " --nnodes 2 --node_rank 1 --master_addr one.example"
     assert f"\n{launch} --master_port 29500 opd.py " in capsys.readouterr().out
     with pytest.raises(UserError, match="--nnodes needs --master_addr"):
         bridge.main(bridge.Args(**QWEN, **several, nnodes=2))
+    with pytest.raises(UserError, match="--jobs is for the CPU"):
+        bridge.main(bridge.Args(**QWEN, **several, jobs=2))
+
+
+def test_what_the_user_has_set_is_what_is_planned(capsys):
+    gpu = {"gpu_memory_gb": 80.0, "host_memory_gb": 999.0, "nproc_per_node": 1}
+    bridge.main(bridge.Args(**QWEN, **gpu, micro_batch_size=8))
+    printed = capsys.readouterr().out
+    assert "micro-batches of 1" not in printed
+    assert re.search(r"this would not run: .* needs \d+ GB on each of 1 GPUs", printed)
+    large = QWEN | {"teacher": "Qwen/Qwen3-32B"}
+    bridge.main(bridge.Args(**large, **gpu | {"gpu_memory_gb": 60.0, "nproc_per_node": 8}))
+    assert "for vLLM's weights and one sequence" in capsys.readouterr().out
 
 
 def test_the_workflow_under_two_ranks(tmp_path):
     flags = [*TINY, "--routes", "raw_teacher", "--nproc_per_node", "2"]
+    wrong = run("bridge", *flags, "--dataset", "nothing.jsonl", "--output_dir", tmp_path / "wrong")
+    assert wrong.returncode == 2
+    assert "nothing.jsonl does not exist" in wrong.stderr
     done = run("bridge", *flags, "--output_dir", tmp_path / "out")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
@@ -202,6 +219,17 @@ def test_the_workflow_runs_skips_and_reports(tmp_path):
     other = run("bridge", *TINY, "--output_dir", folder, "--group_size", "4")
     assert other.returncode == 2
     assert "finished with other settings (group_size)" in other.stderr
+    dropped = run("bridge", *TINY[:-2], "--output_dir", folder)  # --num_problems back to all
+    assert dropped.returncode == 2
+    assert "finished with other settings (num_problems)" in dropped.stderr
+    files = {path: path.read_bytes() for path in (folder / "seed_0" / "opd").glob("*.json*")}
+    foreign = run("bridge", *TINY, "--output_dir", folder / "seed_0" / "opd")
+    assert foreign.returncode == 2
+    assert "is no study's" in foreign.stderr
+    assert files == {path: path.read_bytes() for path in files}
+    empty = run("bridge", "--seeds", "--output_dir", tmp_path / "empty")
+    assert empty.returncode == 2
+    assert "need a value each" in empty.stderr
 
 
 def test_a_failing_stage_stops_the_workflow(tmp_path):

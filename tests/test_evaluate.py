@@ -227,7 +227,17 @@ def test_compare_wants_the_same_problems(tmp_path, capsys):
     evaluate.main(evaluate.Args(compare=(str(tmp_path / "a"), str(tmp_path / "b"))))
     expected = sum(results["a"]["correct_counts"]) - sum(results["b"]["correct_counts"])
     assert f"= {100 * expected / 8:+.1f} points" in capsys.readouterr().out
-    for other, message in (("c", "did not ask the same problems"), ("d", "does not exist")):
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "results.json").write_text('{"rows": []}')
+    fewer = {"benchmarks": {"toy": results["b"] | {"num_samples": 2}}}
+    (tmp_path / "fewer").mkdir()
+    (tmp_path / "fewer" / "results.json").write_text(json.dumps(fewer))
+    for other, message in (
+        ("c", "did not ask the same problems"),
+        ("d", "does not exist"),
+        ("study", "is no result of evaluate.py"),
+        ("fewer", "4 and 2 samples a problem"),
+    ):
         with pytest.raises(UserError, match=message):
             evaluate.main(evaluate.Args(compare=(str(tmp_path / "a"), str(tmp_path / other))))
 

@@ -95,6 +95,22 @@ def test_known_shapes_have_their_size():
         assert shape.params / 1e9 == pytest.approx(params, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "gpt2"},  # its layers have other names
+        {"model_type": "unheard_of"},
+        {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}},
+        {},
+    ],
+)
+def test_a_config_that_it_cannot_read_has_no_plan_and_runs_no_code(tmp_path, config):
+    (tmp_path / "code.py").write_text("raise SystemExit('the code of a model ran')")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert memory.shape_of(str(tmp_path)) is None
+    assert memory.shape_of("/no/such/folder") is None
+
+
 def plan_of(name: str, ranks: int, **flags) -> memory.Plan:
     shape = memory.shape_of(name)
     own = {"dtype": "bfloat16", "max_prompt_tokens": 3072, "max_new_tokens": 16384}
@@ -128,5 +144,5 @@ def test_dry_run_says_whether_it_fits_and_loads_nothing(capsys, tmp_path):
     assert "does NOT fit a GPU of 80 GB" in printed
     assert "computed, not measured" in printed
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match="no config at hand of some/model"):
+    with pytest.raises(UserError, match="no memory plan of some/model"):
         grpo.main(grpo.Args(**flags | {"model": "some/model"}, **own))

@@ -26,6 +26,7 @@ TRAINERS = {
     ],
     "opd": [*SMALL, "--eval_every", "5"],
     "fkl_warmup": SMALL,
+    "fkl_warmup on given rollouts": SMALL,
 }
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -60,10 +61,14 @@ def runs(tmp_path_factory):
     """trainer -> its folders after five steps at one rank and at two."""
     root = tmp_path_factory.mktemp("ranks")
     folders = {script: {n: root / f"{script}_{n}" for n in (1, 2)} for script in TRAINERS}
-    for script, by_ranks in folders.items():
+    sampled = root / "sampled.jsonl"
+    for name, by_ranks in folders.items():
         for ranks, folder in by_ranks.items():
-            done = run(ranks, script, *TRAINERS[script], "--output_dir", folder)
+            script, *given = name.split(" on given ")
+            flags = TRAINERS[name] + ["--rollouts", sampled] * len(given)
+            done = run(ranks, script, *flags, "--output_dir", folder)
             assert done.stdout.count("finished ") == 1  # the other ranks are silent
+            sampled.write_text((folder / "rollouts" / "step_1.jsonl").read_text())
     return folders
 
 
@@ -135,13 +140,14 @@ def newest_checkpoint(folder) -> int:
     return max((int(name[5:]) for name in names if name[5:].isdigit()), default=0)
 
 
-def begin(folder, after: int) -> subprocess.Popen:
-    """grpo.py under two ranks, once it has a checkpoint of a step after this one."""
-    flags = [*SIZES, "--num_steps", "500", "--checkpoint_every", "1", "--output_dir", folder]
+def begin(folder, after: int, checkpoint_every: int) -> subprocess.Popen:
+    """grpo.py under two ranks, once it has completed the step after this one."""
+    flags = [*SIZES, "--num_steps", "500", "--checkpoint_every", checkpoint_every]
+    flags += ["--output_dir", folder]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command(2, "grpo", *flags), **pipes, env=ENVIRONMENT)
     until = time.monotonic() + 120
-    while newest_checkpoint(folder) <= after:
+    while not (folder / "metrics.jsonl").exists() or len(metrics_of(folder)) <= after:
         assert time.monotonic() < until
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
@@ -151,7 +157,7 @@ def begin(folder, after: int) -> subprocess.Popen:
 @pytest.mark.faults
 def test_a_killed_rank_ends_all_with_a_message_and_a_resumable_folder(tmp_path):
     folder = tmp_path / "run"
-    process = begin(folder, after=1)
+    process = begin(folder, after=2, checkpoint_every=1)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     workers = [int(word) for word in children]
     assert len(workers) == 2
@@ -163,9 +169,10 @@ def test_a_killed_rank_ends_all_with_a_message_and_a_resumable_folder(tmp_path):
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
     saved = newest_checkpoint(folder)
     assert saved >= 2
-    process = begin(folder, after=saved)  # resumes
+    process = begin(folder, after=saved + 1, checkpoint_every=1000)  # resumes
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=90)
+    _, errors = process.communicate(timeout=90)
+    assert "stopped by SIGTERM" in errors
     steps = [row["step"] for row in metrics_of(folder)]
     assert steps == list(range(1, len(steps) + 1))
     assert newest_checkpoint(folder) == steps[-1]  # the last completed step was saved

@@ -121,6 +121,20 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, script):
     assert timeless[0] == timeless[1]
 
 
+def test_a_run_that_has_had_no_gradient_yet_is_resumed(tmp_path):
+    """One token is no answer: groups agree, and AdamW has no state when the checkpoint is saved."""
+    flags = [*SMALL, "--kl_coef", "0", "--max_new_tokens", "1", "--checkpoint_every", "1"]
+    flags += ["--num_steps", "2", "--output_dir", tmp_path]
+    assert run("grpo", *flags).returncode == 0
+    assert [row["optim/grad_norm"] for row in metrics_of(tmp_path)] == [0.0, 0.0]
+    (tmp_path / "manifest.json").unlink()
+    shutil.rmtree(tmp_path / "final")
+    shutil.rmtree(tmp_path / "checkpoints" / "step_2")
+    done = run("grpo", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "after step 1" in done.stdout
+
+
 def test_grpo_with_every_option(tmp_path):
     done = run(
         "grpo",

@@ -64,7 +64,7 @@ def test_extraction(completion, answer):
         (r"1{,}234", "1234", True),
         (r"\$32,\!348", "32348", True),
         ("1 234", "1234", True),
-        ("12 34", "1234", None),
+        ("12 34", "1234", False),
         ("$5.$", "5", True),
         ("Even", r"\text{even}", True),
         ("Tuesday", "Thursday", False),
@@ -109,12 +109,42 @@ def test_equivalence(verifier, answer, gold, outcome):
 BOMBS = [r"\boxed{9^{9^{9^9}}}", r"\boxed{100000000!}"]
 
 
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        *(("8 + 4", "12"), ("13-7-12", "-6"), ("5+15-15", "5"), ("8 − 3", "5"), ("8 × 3", "24")),
+        *((r"x=8+4", "12"), (r"8+4\text{ apples}", "12"), ("8+4 apples", "12"), ("8 4", "12")),
+        *((r"\frac{12}{4}", "3"), ("2^{10}", "1024"), ("5!", "120"), (r"\sqrt{16}", "4")),
+        *((r"\operatorname{gcd}(12, 8)", "4"), (r"\sum_{i=1}^3 i", "6"), ("10^6-1", "999999")),
+        ("the sum is 8+4", "12"),
+    ],
+)
+def test_an_expression_is_not_a_whole_number(verifier, answer, gold):
+    """A policy that is paid for the expression copies the problem's: seen after 31 GRPO steps."""
+    assert verifier.compare([answer], [gold])[0].outcome == "wrong"
+    assert verifier.compare([answer], [answer])[0].correct
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        *(("12", "12"), ("+12", "12"), ("x = 12", "12"), ("8+4=12", "12"), ("12=8+4", "12")),
+        *(("10^6", "1000000"), (r"5 \times 10^{3}", "5000"), (r"25\text{ cm}^2", "25")),
+        *((r"90^\circ", "90"), (r"\$5", "5"), ("5 min", "5"), ("12 apples", "12")),
+        *((r"\frac{1}{2}", "0.5"), ("1+x", "x+1"), ("1/2+1/4", r"\frac{3}{4}")),
+        ("The answer is 12 - I hope", "12"),
+    ],
+)
+def test_a_number_with_a_unit_or_a_left_side_is(verifier, answer, gold):
+    assert verifier.compare([answer], [gold])[0].correct
+
+
 def test_hostile_answers_cost_their_own_deadline_only():
     """20 bombs among 20 good answers: the good ones are graded, in order; no worker is left."""
     completions, golds = [], []
     for i in range(20):
-        completions += [BOMBS[i % 2], rf"\boxed{{\frac{{{i}}}{{2}}}}"]
-        golds += ["1", str(i / 2)]
+        completions += [BOMBS[i % 2], rf"\boxed{{\frac{{{2 * i + 1}}}{{2}}}}"]
+        golds += ["0.5", str(i + 0.5)]
     with Verifier(timeout_s=0.2) as verifier:
         began = time.monotonic()
         outcomes = [verdict.outcome for verdict in verifier.grade(completions, golds)]
@@ -149,7 +179,7 @@ def test_a_killed_worker_is_replaced():
         victim = verifier._workers[0].process
         killer = threading.Timer(0.3, victim.kill)
         killer.start()
-        graded = verifier.grade([BOMBS[0], r"\boxed{\frac12}"], ["1", "0.5"])
+        graded = verifier.grade([BOMBS[0], r"\boxed{\frac12}"], ["0.5", "0.5"])
         assert [verdict.outcome for verdict in graded] == ["crash", "correct"]
         victim = verifier._workers[0].process
         victim.kill()
@@ -162,7 +192,7 @@ def test_any_thread_may_call(verifier):
     results = {}
 
     def work(i: int) -> None:
-        results[i] = verifier.grade([rf"\boxed{{\frac{{{i}}}{{4}}}}"] * 5, [str(i / 4)] * 5)
+        results[i] = verifier.grade([rf"\boxed{{\frac{{{i}}}{{8}}}}"] * 5, [str(i / 8)] * 5)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(1, 5)]
     for thread in threads:

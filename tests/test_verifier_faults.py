@@ -73,7 +73,10 @@ def test_fuzz():
     with Verifier(timeout_s=0.2, memory_mb=1024) as verifier:
         for _ in range(60):
             completions = [random_completion(rng) for _ in range(200)]
-            golds = [rng.choice(["5", "1/2", r"\frac{x}{2}", "(1, 2)", "x+1"]) for _ in completions]
+            golds = [
+                rng.choice(["5", "0.5", "1/2", r"\frac{x}{2}", "(1, 2)", "x+1"])
+                for _ in completions
+            ]
             began = time.monotonic()
             verdicts = verifier.grade(completions, golds)
             elapsed = time.monotonic() - began
@@ -131,7 +134,7 @@ def test_a_megabyte_takes_seconds_at_most(text):
 def test_200_bombs_in_one_batch():
     with Verifier(timeout_s=0.2) as verifier:
         completions = [BOMBS[i % 2] for i in range(200)] + [r"\boxed{\frac12}"]
-        outcomes = [v.outcome for v in verifier.grade(completions, ["1"] * 200 + ["0.5"])]
+        outcomes = [v.outcome for v in verifier.grade(completions, ["0.5"] * 201)]
     assert outcomes[-1] == "correct"
     assert set(outcomes[:-1]) <= {"timeout", "crash"}
 
@@ -173,7 +176,7 @@ def test_no_worker_outlives_a_process_that_ends(then):
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_no_worker_outlives_a_process_that_is_killed_while_grading(sent):
     """In mid-bomb: nobody is left to enforce the deadline but the worker's own timer."""
-    child, pids = start_holder(f"verifier.grade([{BOMBS[0]!r}] * 50, ['1'] * 50)")
+    child, pids = start_holder(f"verifier.grade([{BOMBS[0]!r}] * 50, ['0.5'] * 50)")
     time.sleep(0.5)
     child.send_signal(sent)
     child.wait(timeout=30)
@@ -187,7 +190,10 @@ def test_training_on_poisoned_completions_finishes(tmp_path):
         (ROOT / "toy" / "train.jsonl")
         .read_text()
         .splitlines()[i // 2]
-        .replace('"answer"', '"completion": "' + BOMBS[i % 2].replace("\\", "\\\\") + '", "answer"')
+        .replace(
+            '"answer": "',
+            '"completion": "' + BOMBS[i % 2].replace("\\", "\\\\") + '", "answer": "0.5',
+        )
         for i in range(16)
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
