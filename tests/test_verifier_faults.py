@@ -186,14 +186,10 @@ def test_no_worker_outlives_a_process_that_is_killed_while_grading(sent):
 
 def test_training_on_poisoned_completions_finishes(tmp_path):
     """fkl_warmup.py on given rollouts, half of which are bombs."""
+    bombs = [bomb.replace(r"\boxed{", r"\\boxed{x+") for bomb in BOMBS]  # no bare arithmetic
+    lines = (ROOT / "toy" / "train.jsonl").read_text().splitlines()
     rows = [
-        (ROOT / "toy" / "train.jsonl")
-        .read_text()
-        .splitlines()[i // 2]
-        .replace(
-            '"answer": "',
-            '"completion": "' + BOMBS[i % 2].replace("\\", "\\\\") + '", "answer": "0.5',
-        )
+        lines[i // 2].replace('"answer"', f'"completion": "{bombs[i % 2]}", "answer"')
         for i in range(16)
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
