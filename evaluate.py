@@ -55,7 +55,7 @@ from common.run import (
     write_jsonl,
     writing,
 )
-from common.verifier import Verifier
+from common.verifier import Verifier, compare_cheaply
 
 
 @dataclass
@@ -143,7 +143,7 @@ def majority_votes(verifier: Verifier, rollouts: list[Rollout], num_samples: int
         for n, answers in enumerate(votes)
         for i, first in enumerate(answers)
         for second in list(answers)[i + 1 :]
-        if {first, second} <= comparable[n]
+        if {first, second} <= comparable[n] and compare_cheaply(first, second) is not False
     ]
     verdicts = verifier.compare([second for *_, second in pairs], [first for _, first, _ in pairs])
     equal = {pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.correct}

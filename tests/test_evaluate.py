@@ -109,6 +109,13 @@ def test_votes_of_equal_answers_are_one_candidate(verifier):
     assert votes == [0.0, 0.5, 0.5, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("answers", [["8+4", "12", "12"], ["12", "8+4", "12"]])
+def test_an_undone_sum_is_a_candidate_of_its_own_in_any_order(verifier, answers):
+    verdicts = [Verdict("wrong", answer) for answer in answers] + [Verdict("correct", "3")] * 2
+    rollouts = [Rollout([1], [2], None, "eos", "", verdict=verdict) for verdict in verdicts]
+    assert majority_votes(verifier, rollouts, 5) == [0.5]  # 12 twice and 3 twice
+
+
 def test_an_answer_that_cannot_be_compared_stands_by_its_text(verifier):
     """It is not sent to the workers again, where it would cost its deadline once a pair."""
     answers = ["9^{9^{9^9}}", "9^{9^{9^9}}", "3", None]
