@@ -3,8 +3,8 @@ r"""The verifier: untrusted completions go in, verdicts come out.
 Grading runs math-verify on text that a model wrote, so hostile input is assumed:
 `\boxed{9^{9^{9^9}}}` computes for ever. math-verify's own time-out uses signals, works only in a
 main thread and has been seen to hang; it is switched off, and each comparison runs in a worker
-process that is killed at its deadline. What comparing strings or plain numbers can decide never
-leaves this process.
+process that is killed at its deadline (`common.equivalence`). What comparing strings, plain numbers
+or words can decide never leaves this process; here every regular expression takes linear time.
 
     with Verifier() as verifier:
         verdicts = verifier.grade(completions, golds)
@@ -14,8 +14,6 @@ import contextlib
 import json
 import os
 import re
-import select
-import signal
 import subprocess
 import sys
 import threading
@@ -24,15 +22,21 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Literal
+
+import tyro
 
 OUTCOMES = ("correct", "wrong", "no_answer", "timeout", "crash")
 
 MAX_ANSWER_CHARS = 2_000  # answers are short; a request below the pipe's capacity never blocks
 STARTUP_S = 120.0  # importing sympy takes a second, and far longer from a cold network disk
 
-_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_BRACES = re.compile(
+    r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[+-]?\d+(?:[.,]\d+)*|[A-Z](?![A-Za-z])))|\\.|[{}]",
+    re.DOTALL,
+)
 _ANSWER_LINE = re.compile(r"(?i:answer)\s*:[ \t]*(\S.*)")
 _END_OF_TEXT = re.compile(r"<\|im_end\|>|<\|endoftext\|>|<\|eot_id\|>|<\|end\|>|</s>")
 # What may stand between two boxes that are one answer: `\boxed{2} \text{ and } \boxed{3}`.
@@ -42,24 +46,9 @@ _BETWEEN_BOXES = re.compile(
 _PLAIN_NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|[+-]?\.\d+")
 _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,?\\!|\\,|[ \u00a0\u2009\u202f])(?=\d{3}(?!\d))")
 _WORDS = re.compile(
-    r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{\s*([A-Za-z .'-]+)\s*\}|([A-Za-z]{4}[A-Za-z .'-]*)"
+    r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{([A-Za-z\s.'-]+)\}"
+    r"|([A-Za-z]{2,3}|[A-Za-z]{4}[A-Za-z .'-]*)"
 )
-
-# Arithmetic on numerals that is left to the reader: `8 + 4 + 7`, `\frac{12}{4}`, `\sqrt{16}`.
-_DECORATION = re.compile(
-    r"\\(?:text|textbf|mathrm|mbox)\{[^{}]*\}(?:\^\{?\d\}?)?|\^\{?\\circ\}?|\\left|\\right"
-    r"|\\[,;:! $%]|\\q?quad|[$%]"
-)
-_WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}(?:\^\{?\d\}?)?")
-_SCIENTIFIC = re.compile(r"(?:[\d.]+(?:\\times|\\cdot|\*|×))?(?<!\d)10\^\{?[+-]?\d+\}?")
-_OPERATOR = re.compile(
-    r"[*!^/×÷·]|(?<=[\d)}.])[-+−]|\\(?:times|cdot|ast|div|over|[dtc]?frac|[dt]?binom|choose)"
-)
-_FUNCTION = re.compile(
-    r"(?<![A-Za-z])(?:sqrt|gcd|lcm|log|ln|exp|sin|cos|tan|floor|ceil)(?![A-Za-z])"
-    r"|\\(?:sum|prod|int|lim|min|max|bmod|lfloor|lceil)(?![A-Za-z])"
-)
-_VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
 
 
 @dataclass(frozen=True)
@@ -105,11 +94,14 @@ def extract_answer(completion: str, marker: str | None = None) -> str | None:
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
-    """(start, end, content) of each balanced box that stands in no other, in one pass."""
+    r"""(start, end, content) of each balanced box that stands in no other, in one pass. `\boxed 2`
+    is one too."""
     boxes: list[tuple[int, int, str]] = []
     open_braces: list[re.Match] = []
     for match in _BRACES.finditer(text):
-        if match.group() == "}":
+        if match["bare"]:
+            boxes.append((match.start(), match.end(), match["bare"]))
+        elif match.group() == "}":
             opened = open_braces.pop() if open_braces else None
             if opened is not None and opened.group() != "{":
                 while boxes and boxes[-1][0] > opened.start():
@@ -124,13 +116,11 @@ def compare_cheaply(answer: str, gold: str) -> bool | None:
     """Equality of equal strings, plain decimal numbers and words; None where it takes a parser."""
     if answer == gold:
         return True
-    if len(answer) > MAX_ANSWER_CHARS:
+    if max(len(answer), len(gold)) > MAX_ANSWER_CHARS:
         return False
     numbers = _plain_number(answer), _plain_number(gold)
     if None not in numbers:
         return numbers[0] == numbers[1]
-    if numbers[1] is not None and numbers[1] % 1 == 0 and _is_unfinished(answer, numbers[1]):
-        return False
     words = _words(answer), _words(gold)
     # math-verify reads a word as the product of its letters, equal to every anagram of it.
     return words[0] == words[1] if None not in words else None
@@ -139,23 +129,6 @@ def compare_cheaply(answer: str, gold: str) -> bool | None:
 def _plain_number(text: str) -> Decimal | None:
     text = _THOUSANDS.sub("", text.strip().strip("$").strip().removeprefix(r"\$").rstrip("."))
     return Decimal(text.replace(",", "")) if _PLAIN_NUMBER.fullmatch(text) else None
-
-
-def _is_unfinished(answer: str, gold: Decimal) -> bool:
-    """Whether the answer leaves a whole number to be worked out. math-verify is content with any
-    expression of its value, and a policy learns to copy the problem's into its box."""
-    sides = [_THOUSANDS.sub("", side) for side in re.split(r"=|\\approx", answer)]
-    if any(_plain_number(side) is not None for side in sides):
-        return False
-    if len(_WORD.findall(answer)) > 2 and str(abs(int(gold))) in re.findall(
-        r"\d+", " ".join(sides)
-    ):
-        return False  # a sentence that says it
-    if re.search(r"\d\s+\d", sides[-1]) or _FUNCTION.search(answer):  # math-verify adds `8 4`
-        return True
-    rest = _WORD.sub("", _DECORATION.sub("", "".join(sides[-1].replace("\\ ", "").split())))
-    rest = _SCIENTIFIC.sub("0", rest)
-    return _VARIABLE.search(rest) is None and _OPERATOR.search(rest) is not None
 
 
 def _words(text: str) -> str | None:
@@ -174,7 +147,7 @@ class _Worker:
 
     def __init__(self, timeout_s: float, memory_mb: int):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "common.verifier", "--worker", str(timeout_s), str(memory_mb)],
+            [sys.executable, "-m", "common.equivalence", str(timeout_s), str(memory_mb)],
             cwd=Path(__file__).resolve().parent.parent,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -316,50 +289,9 @@ class Verifier:
         """Wait until some worker replies, dies (b"") or passes its deadline (b"t")."""
         waiting = [worker for worker in self._workers if not worker.idle]
         wait_s = min(worker.deadline for worker in waiting) - time.monotonic()
-        readable, _, _ = select.select(waiting, [], [], max(0.0, wait_s))
+        readable = wait(waiting, max(0.0, wait_s))  # select.select takes no descriptor above 1,023
         late = [w for w in waiting if w not in readable and time.monotonic() >= w.deadline]
         return [(w, os.read(w.fileno(), 1)) for w in readable] + [(w, b"t") for w in late]
-
-
-def _worker_main(timeout_s: float, memory_mb: int) -> None:
-    """The child. Reads [answer, gold] lines; replies 1 (equal), 0 (not equal), x (exception).
-
-    An answer of null asks whether the gold answer can be read.
-    """
-    if sys.platform == "linux":
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
-    import logging
-
-    from math_verify import parse, verify
-
-    logging.disable()  # math-verify warns that its own time-outs are off
-
-    def read(text: str) -> list:
-        """As LaTeX of an answer; if there is prose or markup around it, as a text that has one."""
-        prose = re.search(r"\$|\\\[|\\\(|\\boxed|[A-Za-z]{2,} [A-Za-z]{2,}", text)
-        return parse(text if prose else rf"\boxed{{{text}}}", parsing_timeout=None)
-
-    out = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # nothing that a library prints may pass for a reply
-    out.write(b"r")
-    for line in sys.stdin.buffer:
-        # Should the parent die in mid-item, the kernel's timer enforces the deadline.
-        signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 1)
-        answer, gold = json.loads(line)
-        try:
-            if answer is None:  # what math-verify cannot read, it returns as a string
-                yes = any(not isinstance(value, str) for value in read(gold))
-            else:  # the gold comes first: verify() is not symmetric
-                yes = verify(read(gold), read(answer), timeout_seconds=None)
-            reply = b"1" if yes else b"0"
-        except MemoryError:
-            os._exit(1)  # what is left of this process is not to be trusted
-        except Exception:
-            reply = b"x"
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        out.write(reply)
 
 
 # === grading files ===
@@ -413,9 +345,5 @@ def grade_files(args: Args) -> None:
     print(json.dumps(shown if args.show else reports, indent=1))
 
 
-if __name__ == "__main__" and sys.argv[1:2] == ["--worker"]:
-    _worker_main(float(sys.argv[2]), int(sys.argv[3]))
-elif __name__ == "__main__":
-    import tyro  # not at the top: a worker needs neither its time nor its memory
-
+if __name__ == "__main__":
     grade_files(tyro.cli(Args, description=__doc__, use_underscores=True))

@@ -43,6 +43,10 @@ def verifier():
         (r"<think>it could be \boxed{1}", None),
         (r"\boxed{}", None),
         (r"\boxed{1", None),
+        (r"so \boxed 2.", "2"),
+        (r"\boxed 1,234.5 and", "1,234.5"),
+        (r"\boxed B", "B"),
+        (r"\boxed in", None),
         ("no answer here, just 12", None),
         ("", None),
     ],
@@ -64,12 +68,18 @@ def test_extraction(completion, answer):
         (r"1{,}234", "1234", True),
         (r"\$32,\!348", "32348", True),
         ("1 234", "1234", True),
-        ("12 34", "1234", False),
+        ("12 34", "1234", None),
         ("$5.$", "5", True),
         ("Even", r"\text{even}", True),
         ("Tuesday", "Thursday", False),
         ("stressed", "desserts", False),
-        ("abc", "cab", None),
+        ("abc", "cab", False),
+        ("on", "no", False),
+        ("BA", "AB", False),
+        ("xy", r"x \cdot y", None),
+        ("x", "1" * 29, None),
+        ("1" * 40 + ".0", "1" * 40, True),
+        ("x", "1" * 3000, False),
         (r"\frac{1}{2}", "0.5", None),
         ("9" * 3000, "1", False),
     ],
@@ -116,10 +126,19 @@ BOMBS = [r"\boxed{9^{9^{9^9}}}", r"\boxed{100000000!}"]
         *((r"x=8+4", "12"), (r"8+4\text{ apples}", "12"), ("8+4 apples", "12"), ("8 4", "12")),
         *((r"\frac{12}{4}", "3"), ("2^{10}", "1024"), ("5!", "120"), (r"\sqrt{16}", "4")),
         *((r"\operatorname{gcd}(12, 8)", "4"), (r"\sum_{i=1}^3 i", "6"), ("10^6-1", "999999")),
-        ("the sum is 8+4", "12"),
+        *(("the sum is 8+4", "12"), ("8+4+7 m", "19"), ("8+4+7+x-x", "19"), ("$8+4+7$ x", "19")),
+        *(("19 x/x", "19"), ("19+0", "19"), (r"19(\sin^2 x+\cos^2 x)", "19"), ("1=8+4+7", "19")),
+        *(("5+7", r"12^\circ"), ("5+7", r"12 \text{ cm}"), ("5+7", "x=12"), ("2x+4=10", "x=3")),
+        *((r"\binom{10}{3}", "120"), ("17 \\bmod 5", "2"), (r"e^{\ln 3}", "3"), ("8 ÷ 4", "2")),
+        (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", "-2"),
+        *(("1/2+1/4", r"\frac{3}{4}"), (r"\frac{6}{8}", r"\frac{3}{4}"), (r"7 \% + 5 \%", r"12\%")),
+        *(("(3-2, 1+1)", "(1, 2)"), (r"\{2+2, 1\}", r"\{1, 4\}"), ("[2-2, 1)", "[0, 1)")),
+        *((r"\sqrt{12}+\sqrt{27}", r"5\sqrt{3}"), (r"(1+\sqrt{2})(3-\sqrt{2})", r"1+2\sqrt{2}")),
+        *(("2x+3x", "5x"), ("x^2 x^3", "x^5"), ("2^3 x", "8x"), (r"2x \le 6", r"x \le 3")),
+        (r"\begin{pmatrix}1+1\\2\end{pmatrix}", r"\begin{pmatrix}2\\2\end{pmatrix}"),
     ],
 )
-def test_an_expression_is_not_a_whole_number(verifier, answer, gold):
+def test_an_expression_is_not_a_number(verifier, answer, gold):
     """A policy that is paid for the expression copies the problem's: seen after 31 GRPO steps."""
     assert verifier.compare([answer], [gold])[0].outcome == "wrong"
     assert verifier.compare([answer], [answer])[0].correct
@@ -131,11 +150,17 @@ def test_an_expression_is_not_a_whole_number(verifier, answer, gold):
         *(("12", "12"), ("+12", "12"), ("x = 12", "12"), ("8+4=12", "12"), ("12=8+4", "12")),
         *(("10^6", "1000000"), (r"5 \times 10^{3}", "5000"), (r"25\text{ cm}^2", "25")),
         *((r"90^\circ", "90"), (r"\$5", "5"), ("5 min", "5"), ("12 apples", "12")),
-        *((r"\frac{1}{2}", "0.5"), ("1+x", "x+1"), ("1/2+1/4", r"\frac{3}{4}")),
+        *((r"\frac{1}{2}", "0.5"), ("1+x", "x+1"), ("x_1 = 12", "12"), ("f(3) = 12", "12")),
+        *((r"60 \text{ miles}/\text{hour}", "60"), (r"9 \text{ m}/\text{s}^2", "9")),
+        *((r"12 \text{ m}\cdot\text{s}^{-1}", "12"), ("12", "x = 12"), ("12", r"12^\circ")),
+        *((r"3\frac{1}{2}", "3.5"), (r"\frac{7}{2}", r"3\frac{1}{2}"), (r"50\%", "0.5")),
+        *((r"5 \times 10^{-6}", "0.000005"), (r"\frac{7}{10}", "0.7"), ("-x > -1", "x < 1")),
+        *((r"\frac{2+\sqrt{3}}{4}", r"\frac{1}{2}+\frac{\sqrt{3}}{4}"), ("6, 6", "6")),
+        *(("2(x+1)", "2x+2"), (r"\frac{n(n+1)}{2}", r"\frac{n^2+n}{2}"), ("2^5", "2^{5}")),
         ("The answer is 12 - I hope", "12"),
     ],
 )
-def test_a_number_with_a_unit_or_a_left_side_is(verifier, answer, gold):
+def test_a_finished_answer_is(verifier, answer, gold):
     assert verifier.compare([answer], [gold])[0].correct
 
 
@@ -192,7 +217,7 @@ def test_any_thread_may_call(verifier):
     results = {}
 
     def work(i: int) -> None:
-        results[i] = verifier.grade([rf"\boxed{{\frac{{{i}}}{{8}}}}"] * 5, [str(i / 8)] * 5)
+        results[i] = verifier.grade([rf"\boxed{{\frac{{{i}}}{{11}}}}"] * 5, [f"{i}/11"] * 5)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(1, 5)]
     for thread in threads:

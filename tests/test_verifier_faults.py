@@ -180,7 +180,7 @@ def test_no_worker_outlives_a_process_that_is_killed_while_grading(sent):
     time.sleep(0.5)
     child.send_signal(sent)
     child.wait(timeout=30)
-    group = subprocess.run(["pgrep", "-f", "common.verifier --worker 1.0"], capture_output=True)
+    group = subprocess.run(["pgrep", "-f", "common.equivalence 1.0"], capture_output=True)
     wait_until_gone([*pids, *map(int, group.stdout.split())], 10)
 
 
