@@ -36,6 +36,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -43,7 +44,9 @@ from typing import Literal
 import torch
 
 import memory
-from common.data import default_decontamination
+from common.data import default_decontamination, template_fingerprint
+from common.fingerprint import inputs_of
+from common.model import lacks_chat_template, load_tokenizer
 from common.run import FREE, ROOT, RunFailure, Stopped, UserError, check, check_ranges, start
 from memory import GB
 from report import Evaluation, write_report
@@ -113,6 +116,9 @@ class Args:
     """longest completion"""
     dtype: Literal["float32", "bfloat16"] | None = None
     """compute type"""
+    chat_template: str | None = None
+    """a model whose chat template is used; by itself each model's own, or for a student without one
+    the teacher's in every stage"""
     vllm_gpu_memory: float | None = None
     """share of the GPU's memory that vLLM may take while it samples"""
     num_samples: int | None = None
@@ -274,7 +280,7 @@ class Stage:
 
 
 # Flags of bridge.py that replace a preset's value in every stage whose script has them.
-EVERYWHERE = ("max_prompt_tokens", "max_new_tokens", "dtype", "vllm_gpu_memory")
+EVERYWHERE = ("max_prompt_tokens", "max_new_tokens", "dtype", "vllm_gpu_memory", "chat_template")
 TRAINING = ("num_steps", "prompts_per_step", "group_size", "micro_batch_size", "learning_rate")
 GRPO_ONLY = ("num_minibatches",)
 EVALUATION = ("num_samples", "num_problems")
@@ -289,6 +295,8 @@ def fill_in(args: Args) -> Preset:
         args.student = "toy/student" if toy else "Qwen/Qwen3-1.7B"
     args.dataset = args.dataset or ("toy" if toy else "open-r1/DAPO-Math-17k-Processed:all")
     args.benchmarks = args.benchmarks or (("toy",) if toy else ("math500", "aime24", "aime25"))
+    if args.chat_template is None and lacks_chat_template(args.student):
+        args.chat_template = args.teacher
     args.output_dir = args.output_dir or f"runs/bridge-{Path(args.teacher).name}"
     preset: Preset = {}
     for kind, settings in (TOY if toy else REAL).items():
@@ -640,8 +648,14 @@ def print_budget(stages: list[Stage]) -> None:
 # === run ===
 
 
+@cache
+def template_of(model: str, chat_template: str | None, teacher: str | None, thinking: bool) -> str:
+    return template_fingerprint(load_tokenizer(model, teacher, chat_template), thinking)
+
+
 def is_finished(stage: Stage) -> bool:
-    """Whether it was finished before. Raises UserError if that was with other settings."""
+    """Whether it was finished before. Raises UserError if that was with other settings, or with
+    other files than those that lie there now."""
     if not stage.manifest.exists():
         return False
     config = json.loads((stage.folder / "config.json").read_text())
@@ -652,6 +666,15 @@ def is_finished(stage: Stage) -> bool:
         not differing,
         f"{stage.folder} was finished with other settings ({', '.join(differing)}); "
         "choose another --output_dir",
+    )
+    teacher = getattr(flags, "teacher", None)
+    template = template_of(flags.model, flags.chat_template, teacher, flags.thinking)
+    found = inputs_of(flags) | {"template_fingerprint": template}
+    replaced = [name for name, value in found.items() if config.get(name) != value]
+    check(
+        not replaced,
+        f"{stage.folder} was finished with other files ({', '.join(replaced)}): what lies there "
+        "now was put there since; choose another --output_dir",
     )
     return True
 
@@ -747,6 +770,7 @@ def check_folder(folder: Path) -> None:
 def main(args: Args) -> None:
     check_ranges(args)
     check(args.seeds and args.routes, "--seeds and --routes need a value each")
+    check(args.benchmarks != (), "--benchmarks needs a value, for example toy or math500")
     check(min(args.seeds) >= 0, f"--seeds {min(args.seeds)} is negative")
     check(len(set(args.seeds)) == len(args.seeds), "a seed stands twice in --seeds")
     preset = fill_in(args)

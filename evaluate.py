@@ -31,7 +31,8 @@ import numpy as np
 from tqdm import tqdm
 
 from common import data
-from common.model import DTYPES, load_model, load_tokenizer, model_path
+from common.fingerprint import inputs_of
+from common.model import DTYPES, check_lengths, load_model, load_tokenizer, model_path
 from common.rollout import (
     Rollout,
     TorchEngine,
@@ -85,6 +86,8 @@ class Args:
     """longer prompts are an error: a benchmark without its long problems is another benchmark"""
     thinking: bool = False
     """thinking mode of the chat template"""
+    chat_template: str | None = None
+    """a model whose chat template is used; by itself the model's own"""
 
     # --- sampling ---
     num_samples: int = 16
@@ -324,11 +327,13 @@ def main(args: Args) -> None:
         return
     check_ranges(args, zero_allowed=("temperature",))
     check(0 < args.top_p <= 1, f"--top_p is {args.top_p}; it must be above 0 and at most 1")
+    check(len(args.benchmarks) > 0, "--benchmarks needs a value, for example toy or math500")
     stems = {Path(name).stem for name in args.benchmarks}
     check(len(stems) == len(args.benchmarks), "two --benchmarks have one file name; rename one")
     folder, device = Path(args.output_dir), join_ranks(args)
     backend = resolve_backend(args, device)
-    tokenizer = load_tokenizer(args.model)
+    check_lengths(args.model, args)
+    tokenizer = load_tokenizer(args.model, chat_template=args.chat_template)
     prompts = {}
     for name in args.benchmarks:
         problems = data.load_evaluation_problems(name)[: args.num_problems]
@@ -338,8 +343,12 @@ def main(args: Args) -> None:
             f"{len(problems) - len(prompts[name])} prompts of {name} are over --max_prompt_tokens "
             f"{args.max_prompt_tokens}; raise it: all problems of a benchmark count",
         )
-    fingerprints = {name: data.fingerprint(tokenizer, asked) for name, asked in prompts.items()}
-    config = {"script": "evaluate", **vars(args), "fingerprints": fingerprints}
+    fingerprints = {
+        name: data.fingerprint(tokenizer, asked, args) for name, asked in prompts.items()
+    }
+    config = {"script": "evaluate", **vars(args), **on_first_rank(lambda: inputs_of(args))}
+    config["template_fingerprint"] = data.template_fingerprint(tokenizer, args.thinking)
+    config["fingerprints"] = fingerprints
     if rank() == 0:
         claim_folder(folder, config)
         _lock = lock_folder(folder)

@@ -35,7 +35,14 @@ from tqdm import tqdm
 
 import memory
 from common import data, logprob
-from common.model import DTYPES, clip_grad_norm, forward_flops, load_for_training, load_tokenizer
+from common.model import (
+    DTYPES,
+    clip_grad_norm,
+    forward_flops,
+    load_for_training,
+    load_tokenizer,
+    share_end_ids,
+)
 from common.rollout import (
     Rollout,
     TorchEngine,
@@ -118,6 +125,8 @@ class Args:
     """longer prompts are dropped"""
     thinking: bool = False
     """thinking mode of the chat template"""
+    chat_template: str | None = None
+    """a model whose chat template is used; by itself the model's own"""
 
     # --- rollouts ---
     prompts_per_step: int = 16
@@ -306,7 +315,8 @@ def main(args: Args) -> None:
     device = join_ranks(args)
     backend = resolve_backend(args, device)
     torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer(args.model, args.model if plain_sft else args.teacher)
+    teacher_name = None if plain_sft else args.teacher
+    tokenizer = load_tokenizer(args.model, teacher_name, args.chat_template)
 
     # --- data ---
     dataset = data.training_prompts(tokenizer, args)
@@ -315,11 +325,13 @@ def main(args: Args) -> None:
     eval_prompts = data.evaluation_prompts(tokenizer, args) if args.eval_every else []
 
     # --- model ---
-    run = Run(__file__, args, data.fingerprint(tokenizer, dataset, given))
+    run = Run(__file__, args, data.fingerprint(tokenizer, dataset, args, given))
     if run.finished:
         return
     model = load_for_training(args.model, args, device, trainable=True)
     teacher = None if plain_sft else load_for_training(args.teacher, args, device)
+    if teacher is not None:
+        share_end_ids(tokenizer, model, teacher)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
         parameters, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True

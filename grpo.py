@@ -113,6 +113,8 @@ class Args:
     """longer prompts are dropped"""
     thinking: bool = False
     """thinking mode of the chat template"""
+    chat_template: str | None = None
+    """a model whose chat template is used; by itself the model's own"""
 
     # --- rollouts ---
     prompts_per_step: int = 16
@@ -404,7 +406,7 @@ def main(args: Args) -> None:
     device = join_ranks(args)
     backend = resolve_backend(args, device)
     torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, chat_template=args.chat_template)
 
     # --- data ---
     dataset = data.training_prompts(tokenizer, args)
@@ -412,7 +414,7 @@ def main(args: Args) -> None:
     eval_prompts = data.evaluation_prompts(tokenizer, args) if args.eval_every else []
 
     # --- model ---
-    run = Run(__file__, args, data.fingerprint(tokenizer, dataset))
+    run = Run(__file__, args, data.fingerprint(tokenizer, dataset, args))
     if run.finished:
         return
     model = load_for_training(args.model, args, device, trainable=True)

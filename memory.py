@@ -56,10 +56,10 @@ class Shape:
     def rest(self) -> int:
         return self.params - self.layers * self.layer
 
-    def activations(self, c: int, residual: int) -> int:
+    def activations(self, c: int) -> int:
         """Bytes a token and layer that autograd keeps (attention without its T x T scores);
-        c, residual: bytes of the compute type and of the residual stream."""
-        norms = 16 * self.hidden + 2 * residual * self.hidden
+        c: bytes of the compute type."""
+        norms = 16 * self.hidden + 2 * c * self.hidden
         attention = 2 * c * self.qk + (8 * self.qk if self.qk_norm else 0)
         return norms + attention + 4 * c * self.inner
 
@@ -165,7 +165,10 @@ def plan(
     """The plan of a trainer with these Args, whose rollouts come from `sampled`. gpu_memory: bytes
     of each rank's GPU; None on a CPU."""
     c = {"float32": 4, "bfloat16": 2}[args.dtype]
-    sharded, home = ranks > 1 or args.cpu_offload, "host" if args.cpu_offload else "device"
+    sharded, home = (
+        ranks > 1 or args.cpu_offload or c == 2,
+        "host" if args.cpu_offload else "device",
+    )
     own = trained.params / ranks
     items = [
         Item("weights, float32", 4 * own, home),
@@ -178,20 +181,16 @@ def plan(
         items.append(Item("gathered layers, embedding, head", gathered, phase="update"))
         gradients = (c + 4) * max(trained.layer, trained.vocab * trained.hidden)
         items.append(Item("gradients of a gathered layer", gradients, phase="update"))
-    elif c == 2:
-        copies = c * trained.layers * trained.layer
-        items.append(Item("bfloat16 copies of the weights", copies, phase="update"))
     length = args.max_prompt_tokens + args.max_new_tokens
     tokens = args.micro_batch_size * length
-    residual = c if sharded else 4  # float32 weights under autocast: it is float32 too
-    per_layer = trained.activations(c, residual)
+    per_layer = trained.activations(c)
     kept = per_layer * trained.layers
     if args.activation_checkpointing:
-        kept = per_layer + residual * trained.hidden * trained.layers
+        kept = per_layer + c * trained.hidden * trained.layers
     kept += 8 * trained.hidden + 4 * c * trained.inner  # outside the layers; backward's temporaries
     items.append(Item("activations", tokens * kept, phase="update"))
     head = trained.vocab * trained.hidden
-    copy = (4 * head if sharded else 0) + (c * head if sharded or c == 2 else 0)
+    copy = (4 + c) * head if sharded else 0
     copy += sum(c * s.vocab * s.hidden for s in frozen if sharded)
     chunk = min(args.chunk_size, args.micro_batch_size * args.max_new_tokens)
     # OPD and FKL hold float32 log-probs of student and teacher, and their gradients.
@@ -204,7 +203,7 @@ def plan(
         prompts = min(max(1, 512 // args.group_size), -(-args.prompts_per_step // ranks))
         rows = prompts * args.group_size
         cache = 1.5 * rows * length * sampled.layers * sampled.kv * c  # it grows by half
-        gathered = c * sampled.params if sharded or (c == 2 and sampled is trained) else 0
+        gathered = c * sampled.params if sharded else 0
         items.append(Item("sampling: model and cache", gathered + cache, phase="sampling"))
     if gpu_memory:
         items.append(Item("CUDA context and fragmentation (allowance)", FIXED))

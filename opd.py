@@ -34,7 +34,14 @@ from tqdm import tqdm
 
 import memory
 from common import data, logprob
-from common.model import DTYPES, clip_grad_norm, forward_flops, load_for_training, load_tokenizer
+from common.model import (
+    DTYPES,
+    clip_grad_norm,
+    forward_flops,
+    load_for_training,
+    load_tokenizer,
+    share_end_ids,
+)
 from common.rollout import (
     Rollout,
     make_engine,
@@ -112,6 +119,8 @@ class Args:
     """longer prompts are dropped"""
     thinking: bool = False
     """thinking mode of the chat template"""
+    chat_template: str | None = None
+    """a model whose chat template is used; by itself the model's own"""
 
     # --- rollouts ---
     prompts_per_step: int = 16
@@ -317,7 +326,7 @@ def main(args: Args) -> None:
     device = join_ranks(args)
     backend = resolve_backend(args, device)
     torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer(args.model, args.teacher)
+    tokenizer = load_tokenizer(args.model, args.teacher, args.chat_template)
 
     # --- data ---
     dataset = data.training_prompts(tokenizer, args)
@@ -325,11 +334,12 @@ def main(args: Args) -> None:
     eval_prompts = data.evaluation_prompts(tokenizer, args) if args.eval_every else []
 
     # --- model ---
-    run = Run(__file__, args, data.fingerprint(tokenizer, dataset))
+    run = Run(__file__, args, data.fingerprint(tokenizer, dataset, args))
     if run.finished:
         return
     model = load_for_training(args.model, args, device, trainable=True)
     teacher = load_for_training(args.teacher, args, device)
+    share_end_ids(tokenizer, model, teacher)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
         parameters, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True

@@ -7,6 +7,7 @@ A source is `toy`, a benchmark's name, a hub id (`owner/name` or `owner/name:con
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,17 @@ BENCHMARKS = {
 PROBLEM_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "solution", "reward_model.ground_truth")
 
+NGRAM_WORDS = 13  # so many words in common with a benchmark's problem are no accident
+
+# `Express your answer as an integer.`, which copies of a problem have at their end or not.
+_ANSWER_FORMAT = re.compile(
+    r"\b(?:please )?(?:express|give|write|provide|enter|state) (?:your|the) (?:final )?answer\b"
+    r"[^.?!]*[.?!]?\s*\Z",
+    re.IGNORECASE,
+)
+# Digits, letters and operators; a hyphen between letters is none.
+_SYMBOL = re.compile(r"\d+|[^\W\d_]|[+*/^=<>|!]|-(?![^\W\d_])|(?<![^\W\d_])-")
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -39,8 +51,17 @@ class Problem:
 
     @property
     def key(self) -> str:
-        """A hash of the text up to white space: duplicates and the split go by it."""
-        return hashlib.sha256(" ".join(self.problem.split()).encode()).hexdigest()
+        r"""A hash of the text's lower-cased letters, its numbers and operators. Duplicates,
+        evaluation sets and the split go by it: `$x$` is `\(x\)`, but 2+3 is not 2-3."""
+        symbols = _SYMBOL.findall(_ANSWER_FORMAT.sub("", self.problem).lower())
+        spelled = "".join(f" {symbol}" if symbol.isdigit() else symbol for symbol in symbols)
+        return hashlib.sha256((spelled or self.problem).encode()).hexdigest()
+
+    @property
+    def ngrams(self) -> set[tuple[str, ...]]:
+        """Every NGRAM_WORDS words in a row, lower-cased."""
+        words = re.findall(r"\w+", self.problem.lower())
+        return {tuple(words[i : i + NGRAM_WORDS]) for i in range(len(words) - NGRAM_WORDS + 1)}
 
 
 # === loading ===
@@ -60,19 +81,14 @@ def load_problems(
     )
     problems = []
     for number, row in enumerate(rows, 1):
-        problem, answer = _get(row, problem_column), _get(row, answer_column)
-        if isinstance(problem, list):  # chat messages
-            problem = next((m["content"] for m in reversed(problem) if m["role"] == "user"), None)
         where = f"dataset {source}, row {number}"
-        check(
-            isinstance(problem, str) and problem.strip() != "",
-            f"{where}: no text in column {problem_column}",
-        )
-        check(
-            answer is not None and str(answer).strip() != "",
-            f"{where}: no answer in column {answer_column}",
-        )
-        problems.append(Problem(problem.strip(), _final_answer(str(answer))))
+        problem = _text_of(_get(row, problem_column), f"{where}, column {problem_column}")
+        answer = _get(row, answer_column)
+        answer = "" if answer is None else _final_answer(str(answer))
+        check(answer != "", f"{where}: no answer in column {answer_column}")
+        for name, text in ((problem_column, problem), (answer_column, answer)):
+            check(is_unicode(text), f"{where}: half a surrogate pair in column {name}")
+        problems.append(Problem(problem, answer))
     with Verifier() as verifier:
         golds = [problem.answer for problem in problems] if rank() == 0 else []
         unreadable = verifier.unreadable(golds)
@@ -153,6 +169,22 @@ def _find_column(source: str, row: dict, names: Sequence[str], flag: str) -> str
     )
 
 
+def _text_of(problem: object, where: str) -> str:
+    """A problem's text; of chat messages, what the user said last."""
+    if isinstance(problem, list):
+        well_formed = all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in problem)
+        check(well_formed, f"{where}: a list of chat messages must have role and content in each")
+        asked = [message["content"] for message in problem if message["role"] == "user"]
+        problem = asked[-1] if asked else None
+    check(isinstance(problem, str) and problem.strip() != "", f"{where}: no text")
+    return problem.strip()
+
+
+def is_unicode(text: str) -> bool:
+    """Not with half a surrogate pair, which JSON can hold and UTF-8 and tokenizers cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _final_answer(answer: str) -> str:
     """The bare answer: after GSM8K's ####, or out of a worked solution's box."""
     answer = answer.rpartition("####")[2].strip()
@@ -166,7 +198,8 @@ def load_training_problems(
     problem_column: str | None = None,
     answer_column: str | None = None,
 ) -> list[Problem]:
-    """A source without duplicates, conflicts and evaluation problems; prints a count of each.
+    """A source without duplicates, conflicts and what the evaluation sets hold too, as a whole or
+    NGRAM_WORDS words of it; prints a count of each.
 
     split: `1H` and `2H` are two halves by a hash of the problem's text: they do not move when the
     file's order or the evaluation sets change.
@@ -175,10 +208,13 @@ def load_training_problems(
     answers: dict[str, set[str]] = {}
     for row in rows:
         answers.setdefault(row.key, set()).add(row.answer)
-    held_out = {row.key for name in decontaminate for row in load_evaluation_problems(name)}
+    held_out = [row for name in decontaminate for row in load_evaluation_problems(name)]
+    held_out_keys = {row.key for row in held_out}
+    held_out_ngrams = {ngram for row in held_out for ngram in row.ngrams}
     unique = {row.key: row for row in rows}
     agreed = {key: row for key, row in unique.items() if len(answers[key]) == 1}
-    clean = {key: row for key, row in agreed.items() if key not in held_out}
+    other = {key: row for key, row in agreed.items() if key not in held_out_keys}
+    clean = {k: row for k, row in other.items() if held_out_ngrams.isdisjoint(row.ngrams)}
     check(
         len(clean) > 0,
         f"no problem of {source} is left: the others are duplicates with conflicting answers or "
@@ -189,8 +225,9 @@ def load_training_problems(
     check(len(kept) > 0, f"no problem of {source} falls into --split {split}")
     print(
         f"dataset {source}: {len(rows)} rows, {len(rows) - len(unique)} duplicates merged, "
-        f"{len(unique) - len(agreed)} with conflicting answers and {len(agreed) - len(clean)} of "
-        f"the evaluation sets dropped; split {split}: {len(kept)} problems"
+        f"{len(unique) - len(agreed)} with conflicting answers, {len(agreed) - len(other)} of the "
+        f"evaluation sets and {len(other) - len(clean)} with {NGRAM_WORDS} words in a row of one "
+        f"dropped; split {split}: {len(kept)} problems"
     )
     return kept
 
@@ -213,6 +250,7 @@ def load_evaluation_problems(source: str) -> list[Problem]:
 class Prompt:
     problem: Problem
     ids: list[int]
+    opens_thought: bool = False  # the template has written <think>: the completion begins inside
 
 
 def prompt_text(tokenizer, problem: str, thinking: bool = False) -> str:
@@ -223,12 +261,25 @@ def prompt_text(tokenizer, problem: str, thinking: bool = False) -> str:
     )
 
 
+def opens_thought(text: str) -> bool:
+    """Whether a prompt ends inside <think>, as templates of reasoning models leave it."""
+    turn = text.rpartition(INSTRUCTION)[2]
+    return turn.rfind("<think>") > turn.rfind("</think>")
+
+
 def render_prompts(tokenizer, problems: list[Problem], args) -> list[Prompt]:
     """Problems as token ids; those over --max_prompt_tokens are dropped and counted."""
     texts = [prompt_text(tokenizer, problem.problem, args.thinking) for problem in problems]
+    has_switch = texts[0] != prompt_text(tokenizer, problems[0].problem, not args.thinking)
+    if not has_switch and (args.thinking or opens_thought(texts[0])):
+        how = "opens a thought in each prompt" if opens_thought(texts[0]) else "opens no thought"
+        print(f"the chat template has no switch for thinking and {how}, whatever --thinking says")
     # The template has written the special tokens: the tokenizer must not add them again.
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    prompts = [Prompt(problem, row) for problem, row in zip(problems, ids, strict=True)]
+    prompts = [
+        Prompt(problem, row, opens_thought(text))
+        for problem, row, text in zip(problems, ids, texts, strict=True)
+    ]
     limit = args.max_prompt_tokens
     kept = [prompt for prompt in prompts if len(prompt.ids) <= limit]
     if len(kept) < len(prompts):
@@ -276,13 +327,27 @@ class Stream:
         return taken
 
 
-def fingerprint(tokenizer, prompts: list[Prompt], rollouts: Sequence = ()) -> dict[str, object]:
-    """What a resumed run must find unchanged beside its Args: the data, and how it is put."""
-    rows = "".join(prompt.problem.key + prompt.problem.answer for prompt in prompts)
+def fingerprint(
+    tokenizer, prompts: list[Prompt], args, rollouts: Sequence = ()
+) -> dict[str, object]:
+    """What a resumed run must find unchanged beside its Args: the data, and how it is put.
+
+    Prompts count as the token ids that they have become: a template may write today's date.
+    """
+    rows = "".join(f"{prompt.ids}{prompt.problem.answer}\n" for prompt in prompts)
     rows += "".join(str(rollout.completion_ids) for rollout in rollouts)
-    template = f"{tokenizer.chat_template}{INSTRUCTION}"
     return {
         "num_problems": len(prompts),
-        "dataset_fingerprint": hashlib.sha256(rows.encode()).hexdigest()[:16],
-        "template_fingerprint": hashlib.sha256(template.encode()).hexdigest()[:16],
+        "prompts_fingerprint": _hash_of(rows),
+        "template_fingerprint": template_fingerprint(tokenizer, args.thinking),
     }
+
+
+def template_fingerprint(tokenizer, thinking: bool) -> str:
+    """Of what template and instruction make of any problem."""
+    text = prompt_text(tokenizer, "1+1", thinking)
+    return _hash_of(str(tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+
+def _hash_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

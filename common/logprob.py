@@ -8,7 +8,6 @@ them in chunks, and runs one backward through the body at the end.
 Shape key: N tokens of a micro-batch, C of a chunk, V vocabulary, D hidden size.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
@@ -260,11 +259,6 @@ def transfer_metrics(logq: torch.Tensor, logp: torch.Tensor) -> dict[str, torch.
     }
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    """bfloat16 compute over float32 weights: pure bfloat16 ones do not move at a rate of 1e-6."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-
 def device_of(model) -> torch.device:
     """Where it computes: --cpu_offload keeps a model's shards elsewhere."""
     weight = model.get_output_embeddings().weight
@@ -286,8 +280,7 @@ def hidden_states(
     head = model.get_output_embeddings()
     head.forward = torch.clone
     try:
-        with autocast(input_ids.device, dtype):
-            hidden = model(input_ids=input_ids, use_cache=False).logits
+        hidden = model(input_ids=input_ids, use_cache=False).logits
     finally:
         del head.forward
     return hidden[mask].to(dtype)

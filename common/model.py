@@ -19,13 +19,16 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
+from common.data import prompt_text
 from common.logprob import full_weight, head_weight, hidden_states
 from common.run import (
     ROOT,
@@ -75,25 +78,91 @@ def _load(load, name: str, **kwargs):
         raise UserError(f"cannot load {name}: {one_line(error)}") from error
 
 
-def load_tokenizer(name: str, teacher: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of `name`. The teacher's, if one is given, must mean the same by every token:
-    distillation compares distributions token by token."""
+def load_tokenizer(
+    name: str, teacher: str | None = None, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of `name`; with the chat template of model `chat_template`, if one is given.
+
+    The teacher's, if one is given, must mean the same by every token: distillation compares
+    distributions token by token. A base model without a template is trained on its teacher's.
+    """
     tokenizer = _load(AutoTokenizer.from_pretrained, name)
+    if chat_template is not None:
+        tokenizer.chat_template = _load(AutoTokenizer.from_pretrained, chat_template).chat_template
+    theirs = None if teacher is None else _load(AutoTokenizer.from_pretrained, teacher)
+    if theirs is not None and tokenizer.chat_template is None:
+        print(f"{name} has no chat template: it is trained on that of {teacher}")
+        tokenizer.chat_template = theirs.chat_template
     check(
-        tokenizer.chat_template is not None, f"{name} has no chat template; use an instruct model"
+        tokenizer.chat_template is not None,
+        f"{chat_template or name} has no chat template; name a model that has one of the same "
+        "family with --chat_template",
     )
     check(tokenizer.eos_token_id is not None, f"the tokenizer of {name} has no EOS token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: masks go by length, never by token
-    if teacher is not None:
-        theirs = _load(AutoTokenizer.from_pretrained, teacher).get_vocab()
-        differing = len(dict(tokenizer.get_vocab().items() ^ theirs.items()))
+    if theirs is not None:
+        differing = len(dict(tokenizer.get_vocab().items() ^ theirs.get_vocab().items()))
         check(
             differing == 0,
             f"teacher {teacher} and student {name} have different vocabularies ({differing} tokens "
             "differ); choose two models of one family",
         )
+        if theirs.chat_template and prompt_text(theirs, "1+1") != prompt_text(tokenizer, "1+1"):
+            print(f"{name} and {teacher} have different chat templates: prompts are {name}'s")
     return tokenizer
+
+
+def lacks_chat_template(name: str) -> bool:
+    """Whether a model that is on this machine has none."""
+    path = model_path(name)
+    here = Path(path).exists() or try_to_load_from_cache(path, "tokenizer_config.json")
+    return bool(here) and _load(AutoTokenizer.from_pretrained, name).chat_template is None
+
+
+def end_ids(tokenizer, *models: PreTrainedModel) -> list[int]:
+    """Every id that ends a turn: the tokenizer's EOS, what the chat template writes behind an
+    answer, and those of the models' configs. A base model has another EOS than its instruct
+    siblings."""
+    ids = {tokenizer.eos_token_id}
+    turn = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("2")[2]
+    behind = tokenizer(text, add_special_tokens=False)["input_ids"][:1]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids |= special.intersection(behind)
+    for config in (c for model in models for c in (model.generation_config, model.config)):
+        listed = getattr(config, "eos_token_id", None)
+        ids |= set(listed) if isinstance(listed, list) else {listed}
+    return sorted(ids - {None})
+
+
+def share_end_ids(tokenizer, *models: PreTrainedModel) -> None:
+    """Let what ends a turn of one model end those of all of them: a student that learns to write
+    its teacher's EOS would else never stop. Goes into what is saved of them."""
+    ids = end_ids(tokenizer, *models)
+    for model in models:
+        model.generation_config.eos_token_id = ids
+
+
+def check_lengths(name: str, args) -> None:
+    """Positions that a model was not made for give nonsense, and no error."""
+    config = _load(AutoConfig.from_pretrained, name).get_text_config()
+    limit, length = config.max_position_embeddings, args.max_prompt_tokens + args.max_new_tokens
+    check(
+        length <= limit,
+        f"--max_prompt_tokens and --max_new_tokens are {length} together, and {name} takes at most "
+        f"{limit} tokens",
+    )
+
+
+def _make_savable(config: GenerationConfig) -> None:
+    """Published ones hold a temperature for greedy decoding, which save_pretrained refuses: at the
+    end of training. None of these settings is used here."""
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        ids = {n: v for n, v in config.to_diff_dict().items() if n.endswith("_token_id")}
+        config.__dict__.update(GenerationConfig(**ids).__dict__)
 
 
 def load_model(
@@ -104,6 +173,7 @@ def load_model(
     kwargs = {"dtype": weights_dtype, "use_safetensors": True}  # a pickle could run code
     model = _load(AutoModelForCausalLM.from_pretrained, name, **kwargs).to(device)
     model.requires_grad_(trainable)
+    _make_savable(model.generation_config)
     model.eval()  # never train(): dropout would make the sampled and the trained policy differ
     _check_head(model, name)
     return model
@@ -114,6 +184,7 @@ def load_for_training(
 ) -> PreTrainedModel:
     """As load_model; where there are ranks, sharded over them by FSDP2. The first rank reads the
     file, so a machine holds one whole copy while loading."""
+    check_lengths(name, args)
     if not dist.is_initialized():
         model = load_model(name, args.dtype, device, trainable)
         _recompute_activations(model, args)
@@ -197,8 +268,7 @@ def gathered(model) -> Iterator[None]:
 def _check_head(model: PreTrainedModel, name: str) -> None:
     """The chunked head is hidden @ W.T: a model that scales or caps logits would train wrong."""
     ids = torch.arange(4, device=model.device)[None]
-    with torch.autocast(model.device.type, enabled=False):
-        expected = model(input_ids=ids, use_cache=False).logits[0]
+    expected = model(input_ids=ids, use_cache=False).logits[0]
     hidden = hidden_states(model, ids, torch.ones_like(ids, dtype=torch.bool), model.dtype)
     same = torch.allclose(
         (hidden @ head_weight(model, model.dtype).T).float(), expected.float(), rtol=0.05, atol=0.05

@@ -16,23 +16,23 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, DynamicLayer, GenerationConfig
+from transformers import AutoConfig, Cache, DynamicLayer, GenerationConfig
 
-from common.data import Problem, Prompt, read_jsonl
+from common.data import Problem, Prompt, is_unicode, read_jsonl
 from common.logprob import (
-    autocast,
     device_of,
     full_weight,
     full_weights,
     head_logprobs,
     hidden_states,
 )
-from common.model import DTYPES, gathered
+from common.model import DTYPES, end_ids, gathered
 from common.run import (
     RunFailure,
     UserError,
@@ -58,6 +58,7 @@ class Rollout:
     text: str  # the completion, decoded without special tokens
     problem: str = ""
     gold: str = ""
+    opens_thought: bool = False  # the prompt ends inside <think>
     key: tuple[int, ...] = ()  # seeds and number of the sample: the same at any number of ranks
     verdict: Verdict | None = None
     advantage: float = 0.0  # this and the next two are set by grpo.py
@@ -84,13 +85,6 @@ class Rollout:
         logprobs = torch.zeros(len(ids))
         own = (row["finish"], row["completion"], row["problem"], row["answer"])
         return cls(row["prompt_ids"], ids, logprobs, *own, verdict=verdict)
-
-
-def eos_token_ids(generation_config: GenerationConfig | None, tokenizer) -> list[int]:
-    """Every id that ends a completion: the tokenizer's and all of generation_config's."""
-    listed = generation_config.eos_token_id if generation_config else None
-    ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
-    return sorted(ids - {None})
 
 
 # === transformers ===
@@ -169,9 +163,7 @@ class TorchEngine:
             dtype,
             batch_size,
         )
-        self.eos_ids = torch.tensor(
-            eos_token_ids(model.generation_config, tokenizer), device=device_of(model)
-        )
+        self.eos_ids = torch.tensor(end_ids(tokenizer, model), device=device_of(model))
 
     def sync(self) -> dict[str, float]:
         """Nothing to do, nothing to prove: the weights it samples with are the trained ones."""
@@ -196,7 +188,7 @@ class TorchEngine:
         `first`: the seeds are those of prompts first, first + 1, ... of a step."""
         rollouts, device = [], device_of(self.model)
         per_batch = max(1, self.batch_size // group_size)
-        with torch.no_grad(), autocast(device, self.dtype), gathered(self.model):
+        with torch.no_grad(), gathered(self.model):
             for start in range(0, len(prompts), per_batch):
                 batch = prompts[start : start + per_batch]
                 uniforms = [
@@ -365,8 +357,7 @@ class VLLMEngine:
                 seed=args.seed,
                 **own,
             )
-            config = model.generation_config if model else GenerationConfig.from_pretrained(name)
-            self.eos_ids = eos_token_ids(config, tokenizer)
+            self.eos_ids = end_ids(tokenizer, model or _configs_of(name))
             proof = self.sync() if model else None
         except Exception as error:  # of many types: too little memory, an unknown architecture ...
             sizes = "--max_prompt_tokens or --max_new_tokens"
@@ -522,6 +513,16 @@ class VLLMEngine:
         return max(mean for mean, _ in every), max(largest for _, largest in every)
 
 
+def _configs_of(name: str) -> SimpleNamespace:
+    """A model's configs without its weights. Not every folder has a generation_config.json."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    try:
+        generation_config = GenerationConfig.from_pretrained(name)
+    except OSError:
+        generation_config = GenerationConfig()
+    return SimpleNamespace(config=config, generation_config=generation_config)
+
+
 def stale_parameters(engine, model, dtype: torch.dtype) -> tuple[list[str], int]:
     """Names of the engine's parameters that are not, bit by bit, the model's in `dtype`; and how
     many tensors of the model were compared.
@@ -639,18 +640,22 @@ def sample_and_verify(
     for n, rollout in enumerate(rollouts):
         problem = prompts[n // group_size].problem
         rollout.problem, rollout.gold = problem.problem, problem.answer
+        rollout.opens_thought = prompts[n // group_size].opens_thought
         rollout.key = (*seed, (first + begin) * group_size + n)
     verify(verifier, rollouts)
     return rollouts
 
 
 def verify(verifier: Verifier, rollouts: list[Rollout]) -> None:
-    """Set their verdicts. The ranks of a machine share one pool of verifier workers."""
+    """Set their verdicts. The ranks of a machine share one pool of verifier workers. A thought that
+    the prompt has opened and nothing has closed holds no answer."""
 
     def grade(pairs: list[tuple[str, str]]) -> list[Verdict]:
         return verifier.grade([text for text, _ in pairs], [gold for _, gold in pairs])
 
-    verdicts = on_first_of_host(grade, [(rollout.text, rollout.gold) for rollout in rollouts])
+    texts = ["<think>" * rollout.opens_thought + rollout.text for rollout in rollouts]
+    golds = [rollout.gold for rollout in rollouts]
+    verdicts = on_first_of_host(grade, list(zip(texts, golds, strict=True)))
     for rollout, verdict in zip(rollouts, verdicts, strict=True):
         rollout.verdict = verdict
 
@@ -671,26 +676,42 @@ def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
     }
 
 
+def _are_token_ids(ids: object, count: int) -> bool:
+    listed = isinstance(ids, list) and len(ids) > 0
+    return listed and all(type(token) is int and 0 <= token < count for token in ids)
+
+
 def load_rollouts(tokenizer, prompts: list[Prompt], args) -> list[Rollout]:
     """Completions of the given prompts from --rollouts, a .jsonl file with problem and completion.
 
     Rows of other problems (another split, an evaluation set) and completions over --max_new_tokens
-    are left out, with a count. A run's own rows hold token ids, which are not encoded again.
+    are left out, with a count. A run's own rows hold token ids, which are not encoded again; a text
+    gets an EOS, unless it ends with one or its row says that it was cut off.
     """
     by_key = {prompt.problem.key: prompt for prompt in prompts}
+    ends = end_ids(tokenizer)
     rows, rollouts, too_long = read_jsonl(Path(args.rollouts)), [], 0
     for number, row in enumerate(rows, 1):
         texts = isinstance(row.get("problem"), str) and isinstance(row.get("completion"), str)
-        check(texts, f"{args.rollouts}, row {number}: needs text columns problem and completion")
+        where = f"{args.rollouts}, row {number}"
+        check(texts, f"{where}: needs text columns problem and completion")
         prompt = by_key.get(Problem(row["problem"], "").key)
         ids, text = row.get("completion_ids"), row["completion"]
+        check(is_unicode(text), f"{where}: half a surrogate pair in column completion")
+        check(
+            ids is None or _are_token_ids(ids, len(tokenizer)),
+            f"{where}: completion_ids must be a list of one or more ids from 0 to "
+            f"{len(tokenizer) - 1}",
+        )
         if ids is None or tokenizer.decode(ids, skip_special_tokens=True) != text:
-            encoded = tokenizer(text, add_special_tokens=False)["input_ids"]
-            ids = [*encoded, tokenizer.eos_token_id]
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ended = row.get("finish") == "length" or (ids and ids[-1] in ends)
+            ids = ids if ended else [*ids, tokenizer.eos_token_id]
         too_long += len(ids) > args.max_new_tokens
         if prompt is not None and len(ids) <= args.max_new_tokens:
             rollout = Rollout(prompt.ids, ids, torch.zeros(len(ids)), "given", text)
             rollout.problem, rollout.gold = prompt.problem.problem, prompt.problem.answer
+            rollout.opens_thought = prompt.opens_thought
             rollouts.append(rollout)
     counts = (
         f"{len(rollouts)} of its {len(rows)} completions are of this run's problems and lengths"

@@ -39,6 +39,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.tensorboard import SummaryWriter
 
+from common.fingerprint import inputs_of
 from common.logprob import full_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +80,10 @@ def check_ranges(args, zero_allowed: tuple[str, ...] = ()) -> None:
             valid = math.isfinite(value) and (value > 0 or (may_be_zero and value == 0))
             low = "0 or above" if may_be_zero else "above 0"
             check(valid, f"--{name} is {value}; it must be {low}")
+    warmup, steps = getattr(args, "warmup_steps", 0), getattr(args, "num_steps", None)
+    if steps and warmup > steps:
+        share = f"{steps / warmup:.0%} of --learning_rate"
+        print(f"--warmup_steps {warmup} is above --num_steps {steps}: the rate ends at {share}")
 
 
 def one_line(error: Exception) -> str:
@@ -182,9 +187,17 @@ def resolve_device(device: str) -> torch.device:
 
 def join_ranks(args) -> torch.device:
     """This process's device. Under torchrun it joins the other ranks first, and the ranks after the
-    first print nothing; --cpu_offload shards the model too, by itself on one rank."""
+    first print nothing.
+
+    A trainer's model is sharded on a single rank too with --cpu_offload, and in bfloat16: FSDP2
+    computes in bfloat16 over float32 weights (pure bfloat16 ones do not move at a rate of 1e-6), so
+    that policy and frozen models compute alike on any number of ranks. Autocast would not: it keeps
+    the policy's residual stream in float32.
+    """
     device, launched = resolve_device(args.device), "WORLD_SIZE" in os.environ
-    if (launched or getattr(args, "cpu_offload", False)) and not dist.is_initialized():
+    trains = hasattr(args, "cpu_offload")
+    shards = trains and (args.cpu_offload or args.dtype == "bfloat16")
+    if (launched or shards) and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         alone = {} if launched else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
         # Ranks wait for one another's rollouts, which may take far longer than NCCL's 10 minutes.
@@ -450,7 +463,8 @@ class Run:
         self.script, self.args, self.folder = Path(script).stem, args, Path(args.output_dir)
         has_wandb = importlib.util.find_spec("wandb") is not None
         check(has_wandb or not args.track, "--track needs Weights & Biases: pip install wandb")
-        config = {"script": self.script, **vars(args), **fingerprint}
+        inputs = on_first_rank(lambda: inputs_of(args))
+        config = {"script": self.script, **vars(args), **inputs, **fingerprint}
         self.finished, self.checkpoint = on_first_rank(lambda: self._open(config))
         self.progress = Progress()
         if self.finished:
