@@ -6,8 +6,8 @@ For each problem k completions are sampled and graded by the verifier that train
     pass@j  mean over problems of 1 - C(k - c, j) / C(k, j), c of k right       (arXiv 2107.03374)
     maj@k   mean over problems of whether the most frequent answer is right     (arXiv 2203.11171)
 
-Samples of one problem are not independent, so intervals come from resampling problems (a cluster
-bootstrap), never samples: more samples a problem cannot shrink them to nothing.
+Samples of one problem are not independent, so intervals go by how much problems differ: more
+samples a problem cannot shrink them to nothing, and 0 of 30 right is no certainty.
 
 A run that was cut off goes on where it stopped. OUTPUT_DIR gets results.json, every completion in
 samples/*.jsonl, and samples.html, where a person reads them with their verdicts.
@@ -23,11 +23,14 @@ import html
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from scipy.stats import beta
+from scipy.stats import t as student_t
 from tqdm import tqdm
 
 from common import data
@@ -118,11 +121,54 @@ def pass_at(j: int, num_correct: int, num_samples: int) -> float:
     return 1.0 - math.comb(num_samples - num_correct, j) / math.comb(num_samples, j)
 
 
-def cluster_interval(values: list[float], seed: int = 0, draws: int = 10_000) -> list[float]:
-    """95% percentile-bootstrap interval of the mean of one value per problem."""
-    rng, values = np.random.default_rng(seed), np.asarray(values)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(draws)]
-    return np.quantile(means, [0.025, 0.975]).tolist()
+def interval(values: Sequence[float], num_samples: int, level: float = 0.95) -> list[float]:
+    """Two-sided interval of the mean over problems of a share in [0, 1], one value per problem,
+    each of `num_samples` samples.
+
+    Clopper and Pearson's, for as many independent samples as the problems are worth (Korn and
+    Graubard 1998): between their number, if each is always right or always wrong, and that of all
+    samples, if all are equally hard. It is never a point, as a bootstrap's of 0 right in 30 is.
+    """
+    values, count = np.asarray(values, dtype=float), len(values)
+    mean, tail = float(values.mean()), (1 - level) / 2
+    worth = effective_samples(values, num_samples)
+    if count > 1:  # the spread of few problems is itself uncertain
+        all_samples = max(2, count * num_samples)
+        worth *= (student_t.ppf(tail, all_samples - 1) / student_t.ppf(tail, count - 1)) ** 2
+    right = worth * mean
+    low = beta.ppf(tail, right, worth - right + 1) if mean > 0 else 0.0
+    high = beta.ppf(1 - tail, right + 1, worth - right) if mean < 1 else 1.0
+    return [float(low), float(high)]
+
+
+def effective_samples(values: np.ndarray, num_samples: int) -> float:
+    """How many independent samples have the variance of the mean of these clusters.
+
+    One more problem, of the largest spread there is, counts with those that were neither always
+    right nor always wrong: a few of them seldom show how much problems differ.
+    """
+    count, mean = len(values), values.mean()
+    if count == 1 or mean in (0, 1):
+        return float(count)
+    seen = min((values > 0).sum(), (values < 1).sum())
+    spread = max(values.var(ddof=1) / (mean * (1 - mean)), 1 / num_samples)
+    return float(count / min(1, (seen * spread + 1) / (seen + 1)))
+
+
+def difference_interval(a: Sequence[float], b: Sequence[float], num_samples: int) -> list[float]:
+    """95% interval of mean a - mean b on the same problems: Newcombe's of paired proportions (1998,
+    method 10; MOVER), from the interval of each and their correlation over problems."""
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    (low_a, high_a), (low_b, high_b) = (interval(values, num_samples) for values in (a, b))
+    vary = len(a) > 1 and a.std() > 0 and b.std() > 0
+    correlation = float(np.corrcoef(a, b)[0, 1]) if vary else 0.0
+
+    def reach(of_a: float, of_b: float) -> float:
+        return math.sqrt(max(0.0, of_a**2 + of_b**2 - 2 * correlation * of_a * of_b))
+
+    mean_a, mean_b = float(a.mean()), float(b.mean())
+    below, above = reach(mean_a - low_a, high_b - mean_b), reach(high_a - mean_a, mean_b - low_b)
+    return [mean_a - mean_b - below, mean_a - mean_b + above]
 
 
 def majority_votes(verifier: Verifier, rollouts: list[Rollout], num_samples: int) -> list[float]:
@@ -148,8 +194,11 @@ def majority_votes(verifier: Verifier, rollouts: list[Rollout], num_samples: int
         for second in list(answers)[i + 1 :]
         if {first, second} <= comparable[n] and compare_cheaply(first, second) is not False
     ]
-    verdicts = verifier.compare([second for *_, second in pairs], [first for _, first, _ in pairs])
-    equal = {pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.correct}
+    firsts, seconds = [first for _, first, _ in pairs], [second for *_, second in pairs]
+    # Both ways: to an undone sum as gold answer its value is right, but not the other way round.
+    one_way, back = verifier.compare(seconds, firsts), verifier.compare(firsts, seconds)
+    verdicts = zip(pairs, one_way, back, strict=True)
+    equal = {pair for pair, there, back in verdicts if there.correct and back.correct}
     for n, first, second in pairs:
         if (n, first, second) in equal and first in votes[n] and second in votes[n]:
             votes[n][first] += votes[n].pop(second)
@@ -174,14 +223,15 @@ def summarise(rollouts: list[Rollout], votes: list[float], num_samples: int) -> 
         "num_problems": len(counts),
         "num_samples": num_samples,
         "accuracy": float(correct.mean()),
-        "accuracy_interval": cluster_interval(correct.mean(1).tolist()),
+        "accuracy_interval": interval(correct.mean(1), num_samples),
         "majority": float(np.mean(votes)),
-        "majority_interval": cluster_interval(votes),
+        "majority_interval": interval(votes, num_samples),
         "pass_at": {j: float(np.mean(values)) for j, values in by_problem.items()},
-        "pass_at_interval": {j: cluster_interval(by_problem[j]) for j in powers},
+        "pass_at_interval": {j: interval(by_problem[j], num_samples) for j in powers},
         "generated_tokens": sum(len(rollout.completion_ids) for rollout in rollouts),
         **rollout_metrics(rollouts),
         "problems": [rollout.problem for rollout in rollouts[::num_samples]],
+        "golds": [rollout.gold for rollout in rollouts[::num_samples]],
         "correct_counts": counts,
         "majority_votes": votes,
     }
@@ -189,24 +239,48 @@ def summarise(rollouts: list[Rollout], votes: list[float], num_samples: int) -> 
 
 def paired_difference(a: dict, b: dict) -> dict[str, tuple[float, list[float]]]:
     """Differences a - b of two results on the same problems, with intervals over problems."""
-    rates = [np.array(r["correct_counts"]) / r["num_samples"] for r in (a, b)]
-    votes = [np.array(r["majority_votes"]) for r in (a, b)]
-    names = [f"avg@{a['num_samples']}", f"maj@{a['num_samples']}"]
-    differences = [values[0] - values[1] for values in (rates, votes)]
+    k = a["num_samples"]
+    pairs = {
+        f"avg@{k}": [np.array(r["correct_counts"]) / k for r in (a, b)],
+        f"maj@{k}": [np.array(r["majority_votes"]) for r in (a, b)],
+    }
     return {
-        name: (float(difference.mean()), cluster_interval(difference.tolist()))
-        for name, difference in zip(names, differences, strict=True)
+        name: (float(one.mean() - other.mean()), difference_interval(one, other, k))
+        for name, (one, other) in pairs.items()
     }
 
 
+# Of two runs that are compared.
+MAY_DIFFER = {"output_dir", "compare", "model", "benchmarks", "device", "tensor_parallel"}
+MAY_DIFFER |= {"vllm_gpu_memory", "enforce_eager"}
+# What --compare reads of a benchmark's results.
+COMPARED = {"problems", "golds", "num_samples", "num_problems", "correct_counts", "majority_votes"}
+
+
+def read_results(path: Path) -> dict:
+    check(path.is_file(), f"{path} does not exist; evaluate first")
+    try:
+        results = json.loads(path.read_text())
+        whole = isinstance(results["args"], dict)
+        whole &= all(result.keys() >= COMPARED for result in results["benchmarks"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    check(whole, f"{path} is damaged or no result of evaluate.py; evaluate again")
+    return results
+
+
 def compare(folders: tuple[str, str]) -> None:
-    """Print the paired differences of two finished runs, benchmark by benchmark."""
-    paths = [Path(folder) / "results.json" for folder in folders]
-    for path in paths:
-        check(path.is_file(), f"{path} does not exist; evaluate first")
-    results = [json.loads(path.read_text()) for path in paths]
-    for path, result in zip(paths, results, strict=True):
-        check("benchmarks" in result, f"{path} is no result of evaluate.py")
+    """Print the paired differences of two finished runs, benchmark by benchmark, and in which other
+    settings than the model the runs differ."""
+    results = [read_results(Path(folder) / "results.json") for folder in folders]
+    settings = [result["args"] for result in results]
+    differing = [
+        f"{name} ({settings[0].get(name)}, {settings[1].get(name)})"
+        for name in settings[0]
+        if name not in MAY_DIFFER and settings[0][name] != settings[1].get(name)
+    ]
+    if differing:
+        print(f"the runs differ in more than the model: {', '.join(differing)}")
     a, b = (result["benchmarks"] for result in results)
     shared = [name for name in a if name in b]
     check(len(shared) > 0, f"no benchmark in common: {', '.join(a)} and {', '.join(b)}")
@@ -215,6 +289,9 @@ def compare(folders: tuple[str, str]) -> None:
             a[name]["problems"] == b[name]["problems"],
             f"{name}: the two runs did not ask the same problems; use one --num_problems for both",
         )
+        golds = zip(a[name]["golds"], b[name]["golds"], strict=True)
+        changed = sum(one != other for one, other in golds)
+        check(changed == 0, f"{name}: {changed} problems had another gold answer in the other run")
         counts = [result[name]["num_samples"] for result in (a, b)]
         check(counts[0] == counts[1], f"{name}: {counts[0]} and {counts[1]} samples a problem")
         for measure, (value, (low, high)) in paired_difference(a[name], b[name]).items():
@@ -374,7 +451,7 @@ def main(args: Args) -> None:
         page = samples_page(args.model, samples, k)
         with writing(folder):
             write_atomic(folder / "samples.html", page)
-            write_json(folder / "results.json", {"model": args.model, "benchmarks": results})
+            write_json(folder / "results.json", {"args": vars(args), "benchmarks": results})
 
 
 def describe(name: str, result: dict) -> str:

@@ -4,7 +4,7 @@ bridge.py calls this at its end (alone: `python bridge.py ... --only_report`).
 
 - Over seeds: a t-interval of the mean of independent repetitions of the whole training. (A
   percentile bootstrap of ten seeds would be far too narrow.)
-- Over problems, apart: a cluster bootstrap of each problem's accuracy, averaged over the seeds.
+- Over problems, apart: evaluate.py's interval of each problem's accuracy, averaged over the seeds.
 - A claim "A < B" is judged by the seed-level paired differences B - A (the same seed draws the same
   problems): supported or not supported if the t-interval leaves out 0, at a level that Holm's
   step-down procedure corrects for the number of claims; else undecided.
@@ -21,7 +21,7 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from common.run import write_atomic, write_json
-from evaluate import cluster_interval
+from evaluate import interval
 
 
 @dataclass
@@ -120,8 +120,9 @@ PAPER = {
 
 
 def t_interval(values: list[float], level: float = 0.95) -> list[float] | None:
-    """Two-sided interval of the mean of independent repetitions; None of a single one."""
-    if len(values) < 2:
+    """Two-sided interval of the mean of independent repetitions; None of a single one, and of
+    values that do not differ."""
+    if len(set(values)) < 2:
         return None
     error = statistics.stdev(values) / len(values) ** 0.5
     reach = student_t.ppf(0.5 + level / 2, len(values) - 1) * error
@@ -130,12 +131,11 @@ def t_interval(values: list[float], level: float = 0.95) -> list[float] | None:
 
 
 def t_test(values: list[float]) -> float:
-    """Two-sided p of a mean of 0; 1 of a single value."""
-    if len(values) < 2:
+    """Two-sided p of a mean of 0; 1 of a single value, and of values that do not differ: their
+    spread is not known to be 0."""
+    if len(set(values)) < 2:
         return 1.0
     error, mean = statistics.stdev(values) / len(values) ** 0.5, statistics.fmean(values)
-    if error == 0:
-        return float(mean == 0)
     return float(2 * student_t.sf(abs(mean) / error, len(values) - 1))
 
 
@@ -152,8 +152,10 @@ def judge(differences: list[list[float]], alpha: float = 0.05) -> list[dict[str,
             level = alpha / (len(order) - rank)
             going_on = p < level
         verdict = ("supported" if mean > 0 else "not supported") if going_on else "undecided"
-        interval = t_interval(values, 1 - level)
-        results[i] = {"difference": mean, "interval": interval, "level": 1 - level}
+        if len(values) > 1 and len(set(values)) == 1:
+            verdict = "no verdict: the seeds do not differ"
+        results[i] = {"difference": mean, "interval": t_interval(values, 1 - level)}
+        results[i] |= {"level": 1 - level}
         results[i] |= {"p": p, "num_seeds": len(values), "verdict": verdict}
     return [results[i] for i in range(len(differences))]
 
@@ -193,6 +195,17 @@ def cost_of(evaluation: Evaluation) -> dict[str, float]:
     }
 
 
+def missed_budget(evaluation: Evaluation) -> bool:
+    """Whether a compute-matched control came to its last step before it had used as much."""
+    for stage in evaluation.stage.needs:
+        if stage.budget:
+            done, flag = json.loads(stage.manifest.read_text()), stage.budget[0]
+            used = {"stop_at_tokens": done["generated_tokens"]}
+            used["stop_at_flops"] = done["flops"] + done["teacher_flops"]
+            return used[flag] < stage.flags[flag]
+    return False
+
+
 def collect(evaluations: list[Evaluation]) -> list[dict]:
     """One row a title: accuracy by benchmark, over seeds and over problems, and the mean cost."""
     by_title: dict[str, list[Evaluation]] = {}
@@ -212,22 +225,24 @@ def collect(evaluations: list[Evaluation]) -> list[dict]:
                 "num_problems": first["num_problems"],
                 "accuracy": statistics.fmean(each),
                 "over_seeds": t_interval(each) if trained else None,
-                "over_problems": cluster_interval(rates.tolist()),
+                "over_problems": interval(rates, k * len(results)),
                 "by_seed": {str(e.seed): value for e, value in zip(group, each, strict=True)},
                 "majority": statistics.fmean(r[name]["majority"] for r in results),
                 "length": statistics.fmean(r[name]["rollout/length"] for r in results),
                 "truncated": statistics.fmean(r[name]["rollout/truncated"] for r in results),
             }
         cost = {key: statistics.fmean(c[key] for c in costs) for key in costs[0]}
-        rows.append({"title": title, "route": group[0].route, **cost, "benchmarks": benchmarks})
+        row = {"title": title, "route": group[0].route, **cost, "benchmarks": benchmarks}
+        rows.append(row | {"not_matched": sum(map(missed_budget, group))})
     return rows
 
 
 def judge_claims(rows: list[dict]) -> list[dict]:
     """Each claim whose two rows are there, on each benchmark, by the seeds that both have."""
     by_title = {row["title"]: row["benchmarks"] for row in rows}
+    marks = {row["title"]: mark_of(row) for row in rows}
     asked = [
-        {"claim": claim.text, "by": claim.by, "benchmark": name}
+        {"claim": claim.text + marks[claim.lower], "by": claim.by, "benchmark": name}
         | {"lower": claim.lower, "higher": claim.higher}
         for claim in CLAIMS
         if claim.lower in by_title and claim.higher in by_title
@@ -238,6 +253,12 @@ def judge_claims(rows: list[dict]) -> list[dict]:
         low, high = (by_title[item[k]][item["benchmark"]]["by_seed"] for k in ("lower", "higher"))
         differences.append([high[seed] - low[seed] for seed in low if seed in high])
     return [item | result for item, result in zip(asked, judge(differences), strict=True)]
+
+
+def mark_of(row: dict) -> str:
+    """Of a control that is none, since its bound on steps came first."""
+    count = row["not_matched"]
+    return f" (NOT matched in {count} seed(s): the bound on steps came first)" if count else ""
 
 
 # === tables ===
@@ -270,7 +291,7 @@ def accuracy_table(rows: list[dict], paper: dict[str, tuple]) -> str:
         header += ["the paper's"] if paper and name in PAPER_BENCHMARKS else []
     lines = []
     for row in rows:
-        cells = [row["title"]]
+        cells = [row["title"] + mark_of(row)]
         for name in names:
             result = row["benchmarks"][name]
             cells.append(f"{100 * result['accuracy']:.1f}")
@@ -478,12 +499,12 @@ def title_stage(title: str) -> int:
 # === the report ===
 
 NOTES = """
-Over seeds: t-intervals of repeated training, problems held fixed; over problems: cluster bootstrap,
-seeds held fixed; 95% each. Label uses: completions whose verdict was a reward or a filter;
-monitoring: verdicts that were only logged. Student steps: rollout steps of the student's stages.
-FLOPs are counted from the lengths of the sequences: matrix products of sampling, of updates and of
-frozen models; what checkpointed activations compute again is left out. Costs are of all training
-stages behind a row, means over seeds, evaluation left out.
+Over seeds: t-intervals of repeated training, problems held fixed; over problems: intervals of
+clustered shares, seeds held fixed; 95% each. Label uses: completions whose verdict was a reward or
+a filter; monitoring: verdicts that were only logged. Student steps: rollout steps of the student's
+stages. FLOPs are counted from the lengths of the sequences: matrix products of sampling, of updates
+and of frozen models; what checkpointed activations compute again is left out. Costs are of all
+training stages behind a row, means over seeds, evaluation left out.
 """
 TOY_NOTE = """
 The toy is built so that the paper's premise holds: it illustrates the mechanism, it is no evidence

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import socket
 
 import pytest
@@ -222,6 +223,13 @@ def test_the_workflow_runs_skips_and_reports(tmp_path):
     dropped = run("bridge", *TINY[:-2], "--output_dir", folder)  # --num_problems back to all
     assert dropped.returncode == 2
     assert "finished with other settings (num_problems)" in dropped.stderr
+    weights = folder / "seed_0" / "fkl_warmup" / "final" / "model.safetensors"
+    kept = weights.read_bytes()
+    shutil.copy(ROOT / "toy" / "student" / "model.safetensors", weights)
+    replaced = run("bridge", *TINY, "--output_dir", folder)
+    assert replaced.returncode == 2
+    assert "was finished with other files (model_fingerprint)" in replaced.stderr
+    weights.write_bytes(kept)
     files = {path: path.read_bytes() for path in (folder / "seed_0" / "opd").glob("*.json*")}
     foreign = run("bridge", *TINY, "--output_dir", folder / "seed_0" / "opd")
     assert foreign.returncode == 2

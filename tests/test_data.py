@@ -1,11 +1,15 @@
 """Loading, splitting and cleaning of problems; rendering of prompts."""
 
+import copy
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from common import data
-from common.run import Progress, UserError
+from common.fingerprint import inputs_of
+from common.run import ROOT, Progress, UserError
 
 
 def write(path, rows) -> str:
@@ -28,6 +32,7 @@ class Args:
             "reward_model": {"ground_truth": "2", "style": "rule"},
         },
         {"problem": "1+1", "answer": 2},
+        {"problem": "1+1", "answer": r"so it is \boxed 2."},
     ],
 )
 def test_the_columns_of_the_real_datasets_are_found(tmp_path, row):
@@ -58,7 +63,14 @@ def test_parquet(tmp_path):
         ('{"problem": "a", "answer": "1"}\n{"problem": \n', "line 2: not JSON"),
         ("[1]\n", "line 1: not a JSON object"),
         ('{"problem": "a", "answer": "1"}\n{"problem": "b", "answer": null}\n', "row 2: no answer"),
-        ('{"problem": "a", "answer": "1"}\n{"problem": "", "answer": "1"}\n', "row 2: no text"),
+        ('{"problem": "a", "answer": "1"}\n{"problem": "", "answer": "1"}\n', "row 2, .*: no text"),
+        ('{"problem": "a", "answer": "work ####"}\n', "row 1: no answer in column answer"),
+        ('{"problem": ["a", "b"], "answer": "1"}\n', "row 1, column problem: a list of chat"),
+        ('{"problem": [{"content": "a"}], "answer": "1"}\n', "must have role and content"),
+        ('{"problem": [{"role": "system", "content": "a"}], "answer": "1"}\n', "no text"),
+        ('{"problem": [{"role": "user", "content": ["a"]}], "answer": "1"}\n', "no text"),
+        ('{"problem": "a \\ud800", "answer": "1"}\n', "row 1: half a surrogate pair in column pro"),
+        ('{"problem": "a", "answer": "\\udfff"}\n', "half a surrogate pair in column answer"),
     ],
 )
 def test_bad_files_are_named_with_their_line(tmp_path, content, message):
@@ -88,9 +100,45 @@ def test_duplicates_conflicts_and_contamination(tmp_path, capsys):
     kept = data.load_training_problems(training, "all", [held_out])
     assert kept == [data.Problem("a", "1"), data.Problem("d", "4")]
     printed = capsys.readouterr().out
-    assert "2 duplicates merged, 1 with conflicting answers and 1 of the evaluation sets" in printed
+    counts = (
+        "2 duplicates merged, 1 with conflicting answers, 1 of the evaluation sets and 0 with 13"
+    )
+    assert counts in printed
     with pytest.raises(UserError, match="no problem of .* is left"):
         data.load_training_problems(held_out, "all", [held_out])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("Find the value of $x$.", "Find the value of $x$", True),
+        (r"Find \(x^{2}+1\).", "find $x^2 + 1$", True),
+        ("Find x.", "Find x. Express your answer as an integer.", True),
+        ("Find x.", "Find x. Please provide the final answer in simplest form.", True),
+        ("A two-digit number", "A two digit number", True),
+        ("What is 2+3?", "What is 2-3?", False),
+        ("What is 12+3?", "What is 1+23?", False),
+        ("What is 1 2?", "What is 12?", False),
+        ("??", "???", False),
+        ("求 x 的值。", "求x的值", True),
+    ],
+)
+def test_problems_are_the_same_by_letters_numbers_and_operators(one, other, same):
+    keys = [data.Problem(text, "1").key for text in (one, other)]
+    assert (keys[0] == keys[1]) == same
+
+
+def test_thirteen_words_of_a_benchmark_are_contamination(tmp_path, capsys):
+    words = [f"word{i}" for i in range(40)]
+    rows = [
+        {"problem": " ".join(["Other", *words[5:18], "end"]), "answer": "1"},  # 13 of them
+        {"problem": " ".join(["Other", *words[5:17], "end"]), "answer": "1"},  # 12
+        {"problem": " ".join(["And", *words[0:12], *words[13:25]]), "answer": "1"},
+    ]
+    held_out = write(tmp_path / "test.jsonl", [{"problem": " ".join(words).upper(), "answer": "1"}])
+    kept = data.load_training_problems(write(tmp_path / "d.jsonl", rows), "all", [held_out])
+    assert [problem.problem for problem in kept] == [row["problem"] for row in rows[1:]]
+    assert "0 of the evaluation sets and 1 with 13 words in a row" in capsys.readouterr().out
 
 
 def test_halves_are_fixed_by_the_text_alone(tmp_path):
@@ -147,5 +195,70 @@ def test_the_stream_goes_by_the_cursor_alone():
 def test_fingerprint_changes_with_the_data(tokenizer):
     prompts = data.render_prompts(tokenizer, [data.Problem("1+1", "2")], Args)
     other = data.render_prompts(tokenizer, [data.Problem("1+1", "3")], Args)
-    assert data.fingerprint(tokenizer, prompts) == data.fingerprint(tokenizer, prompts)
-    assert data.fingerprint(tokenizer, prompts) != data.fingerprint(tokenizer, other)
+    before = data.fingerprint(tokenizer, prompts, Args)
+    assert data.fingerprint(tokenizer, prompts, Args) == before
+    assert data.fingerprint(tokenizer, other, Args) != before
+
+
+def templated(tokenizer, template: str):
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    return changed
+
+
+def test_fingerprint_goes_by_what_the_template_writes(tokenizer):
+    """A template may write today's date: the same prompts a day later are others."""
+    problems, prints = [data.Problem("1+1", "2")], []
+    for date in ("24 Nov 2026", "25 Nov 2026"):
+        dated = templated(tokenizer, date + tokenizer.chat_template)
+        prompts = data.render_prompts(dated, problems, Args)
+        prints.append(data.fingerprint(dated, prompts, Args))
+    assert prints[0]["prompts_fingerprint"] != prints[1]["prompts_fingerprint"]
+    assert prints[0]["template_fingerprint"] != prints[1]["template_fingerprint"]
+
+
+def test_fingerprints_of_models_and_files(tmp_path):
+    """By what lies there, not by its name."""
+    model, rows = tmp_path / "model", tmp_path / "rows.jsonl"
+    shutil.copytree(ROOT / "toy" / "student", model)
+    rows.write_text("{}")
+    args = SimpleNamespace(model=str(model), teacher="owner/name", dataset=str(rows))
+    before = inputs_of(args)
+    assert before["teacher_fingerprint"] is None  # nothing of it is on this machine
+    assert inputs_of(args) == before
+    (model / "notes.txt").write_text("new")
+    assert inputs_of(args) == before
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    replaced = inputs_of(args)
+    assert replaced["model_fingerprint"] != before["model_fingerprint"]
+    rows.write_text("{} ")
+    assert inputs_of(args) != replaced
+
+
+SWITCH = "{% if not enable_thinking %}<think>\n\n</think>{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("ending", "thinking", "opens", "told"),
+    [
+        ("", False, False, ""),
+        ("", True, False, "has no switch for thinking and opens no thought"),
+        ("<think>\n", False, True, "has no switch for thinking and opens a thought in each prompt"),
+        ("<think>\n", True, True, "has no switch for thinking and opens a thought in each prompt"),
+        (SWITCH, False, False, ""),
+        (SWITCH, True, False, ""),
+    ],
+)
+def test_thoughts_that_the_template_opens(tokenizer, capsys, ending, thinking, opens, told):
+    class Thinking(Args):
+        pass
+
+    Thinking.thinking = thinking
+    changed = templated(tokenizer, tokenizer.chat_template + ending)
+    problems = [data.Problem("What does <think> mean?", "2")]
+    assert data.render_prompts(changed, problems, Thinking)[0].opens_thought == opens
+    printed = capsys.readouterr().out
+    assert told in printed
+    assert (told == "") == (printed == "")

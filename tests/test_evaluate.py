@@ -8,14 +8,15 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 from conftest import SEED, prompt_of, prompts_of_many_lengths
-from scipy.stats import bootstrap
+from scipy.stats import binomtest
 
 import evaluate
 from common.rollout import Rollout, TorchEngine
 from common.run import UserError
 from common.verifier import Verdict, Verifier
 from evaluate import (
-    cluster_interval,
+    difference_interval,
+    interval,
     majority_votes,
     paired_difference,
     pass_at,
@@ -57,33 +58,68 @@ def test_best_of_all_is_certain_with_one_right_sample():
     assert pass_at(16, 1, 16) == 1.0
 
 
-def test_interval_is_over_problems_not_samples():
-    """Sixteen samples of problems that are all right or all wrong tell no more than one would."""
-    values = [float(i % 4 == 0) for i in range(400)]
-    low, high = cluster_interval(values)
-    standard_error = np.std(values) / np.sqrt(len(values))
-    assert low == pytest.approx(0.25 - 1.96 * standard_error, abs=0.004)
-    assert high == pytest.approx(0.25 + 1.96 * standard_error, abs=0.004)
-    assert cluster_interval([0.5] * 30) == [0.5, 0.5]
+def difficulties(rng, kind: str, p: float, count: int) -> np.ndarray:
+    """Each problem's probability of a right sample, p in the mean."""
+    if kind == "always or never":
+        return (rng.random(count) < p).astype(float)
+    if kind == "all alike":
+        return np.full(count, p)
+    return rng.beta(float(kind) * p, float(kind) * (1 - p), count)
 
 
-def test_interval_covers_the_truth():
-    """Intervals of 200 simulated benchmarks of 60 problems: 90 to 99% of them hold the mean."""
-    rng = np.random.default_rng(0)
-    covered = 0
-    for _ in range(200):
-        difficulty = rng.beta(0.7, 0.7, size=60)
-        values = rng.binomial(8, difficulty) / 8
-        low, high = cluster_interval(values.tolist(), draws=1000)
-        covered += low <= 0.5 <= high
-    assert 180 <= covered <= 198
+@pytest.mark.parametrize("kind", ["always or never", "0.3", "1", "3", "10", "all alike"])
+@pytest.mark.parametrize("p", [0.03, 0.1, 0.2, 0.5])
+def test_interval_covers_the_truth(p, kind):
+    """30 problems, 16 samples each, as AIME has them. A bootstrap covers 85% at 3%."""
+    rng = np.random.default_rng(SEED)
+    covered, count = 0, 1000
+    for _ in range(count):
+        values = rng.binomial(16, difficulties(rng, kind, p, 30)) / 16
+        low, high = interval(values, 16)
+        covered += low <= p <= high
+    assert covered / count >= 0.93
 
 
-def test_interval_is_scipys_percentile_bootstrap():
-    values = np.random.default_rng(1).beta(0.5, 1, size=80)
-    options = {"method": "percentile", "n_resamples": 20_000, "random_state": 0}
-    theirs = bootstrap((values,), np.mean, **options).confidence_interval
-    assert cluster_interval(values.tolist(), draws=20_000) == pytest.approx(list(theirs), abs=0.003)
+def test_interval_of_problems_that_are_always_right_or_wrong_is_clopper_and_pearsons():
+    """Nearly: samples of one problem that agree tell no more than one of them."""
+    for right, count in ((0, 30), (3, 30), (200, 500), (30, 30)):
+        values = [1.0] * right + [0.0] * (count - right)
+        theirs = binomtest(right, count).proportion_ci(method="exact")
+        assert interval(values, 1) == pytest.approx(list(theirs), abs=0.01)
+        low, high = interval(values, 16)
+        assert low <= theirs.low + 1e-9
+        assert high >= theirs.high - 1e-9
+        assert high - low < 1.1 * (theirs.high - theirs.low)
+
+
+def test_interval_of_many_like_problems_is_that_of_all_samples():
+    values = np.random.default_rng(SEED).binomial(16, 0.4, 500) / 16
+    right = round(values.sum() * 16)
+    theirs = binomtest(right, 8000).proportion_ci(method="exact")
+    assert interval(values, 16) == pytest.approx(list(theirs), abs=0.003)
+
+
+def test_no_interval_is_a_point():
+    for values in ([0.0] * 30, [1.0] * 30, [0.5] * 30, [0.5], [0.0], [1.0]):
+        low, high = interval(values, 16)
+        assert 0 <= low <= values[0] <= high <= 1
+        assert high - low > 0.05
+    low, high = difference_interval([0.0] * 30, [0.0] * 30, 16)
+    assert low < -0.05 < 0.05 < high
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.05])
+@pytest.mark.parametrize("p", [0.03, 0.2, 0.5])
+def test_difference_interval_covers_the_truth(p, shift):
+    """Two models on the same 30 problems, one of them better at each."""
+    rng = np.random.default_rng(SEED)
+    covered, count = 0, 1000
+    for _ in range(count):
+        hard = difficulties(rng, "1", p, 30)
+        a, b = (rng.binomial(16, d) / 16 for d in (hard + shift * (1 - hard), hard))
+        low, high = difference_interval(a, b, 16)
+        covered += low <= shift * (1 - p) <= high
+    assert covered / count >= 0.93
 
 
 def test_majority_is_the_enumeration_of_random_ties(verifier):
@@ -116,6 +152,13 @@ def test_an_undone_sum_is_a_candidate_of_its_own_in_any_order(verifier, answers)
     assert majority_votes(verifier, rollouts, 5) == [0.5]  # 12 twice and 3 twice
 
 
+def test_votes_of_hostile_answers(verifier):
+    """Wrong answers are compared with each other: each is the other's gold answer."""
+    answers = ["3" * 40, r"\frac{1}{2}", r"\text{" + " " * 1980 + "(", "9^{9^{9^9}}", "1" * 3000]
+    rollouts = graded([*answers, "4", "4", "4"], "4", verifier)
+    assert majority_votes(verifier, rollouts, 8) == [1.0]
+
+
 def test_an_answer_that_cannot_be_compared_stands_by_its_text(verifier):
     """It is not sent to the workers again, where it would cost its deadline once a pair."""
     answers = ["9^{9^{9^9}}", "9^{9^{9^9}}", "3", None]
@@ -141,7 +184,7 @@ def test_paired_difference_is_narrower_than_two_intervals():
     difference, (low, high) = paired_difference(a, b)["avg@16"]
     assert difference == pytest.approx((counts[0] - counts[1]).mean() / 16)
     assert low < difference < high
-    alone = cluster_interval((counts[0] / 16).tolist())
+    alone = interval(counts[0] / 16, 16)
     assert high - low < 0.5 * (alone[1] - alone[0])
 
 
@@ -227,23 +270,37 @@ def test_compare_wants_the_same_problems(tmp_path, capsys):
         rng = random.Random(name)
         counts = [rng.randrange(5) for _ in problems]
         results[name] = {"num_samples": 4, "num_problems": 2, "problems": problems}
+        results[name] |= {"golds": ["1", "2"]}
         results[name] |= {"correct_counts": counts, "majority_votes": [0.0, 1.0]}
         (tmp_path / name).mkdir()
-        text = json.dumps({"benchmarks": {"toy": results[name]}})
+        settings = {"model": name, "temperature": 0.7 if name == "b" else 1.0, "seed": 0}
+        text = json.dumps({"args": settings, "benchmarks": {"toy": results[name]}})
         (tmp_path / name / "results.json").write_text(text)
     evaluate.main(evaluate.Args(compare=(str(tmp_path / "a"), str(tmp_path / "b"))))
     expected = sum(results["a"]["correct_counts"]) - sum(results["b"]["correct_counts"])
-    assert f"= {100 * expected / 8:+.1f} points" in capsys.readouterr().out
-    (tmp_path / "study").mkdir()
-    (tmp_path / "study" / "results.json").write_text('{"rows": []}')
-    fewer = {"benchmarks": {"toy": results["b"] | {"num_samples": 2}}}
-    (tmp_path / "fewer").mkdir()
-    (tmp_path / "fewer" / "results.json").write_text(json.dumps(fewer))
+    printed = capsys.readouterr().out
+    assert f"= {100 * expected / 8:+.1f} points" in printed
+    assert "differ in more than the model: temperature (1.0, 0.7)\n" in printed
+    fewer = {"args": {}, "benchmarks": {"toy": results["b"] | {"num_samples": 2}}}
+    golds = {"args": {}, "benchmarks": {"toy": results["b"] | {"golds": ["1", "3"]}}}
+    texts = {"study": '{"rows": []}', "fewer": json.dumps(fewer), "golds": json.dumps(golds)}
+    texts |= {
+        "torn": text[: len(text) // 2],
+        "list": "[]",
+        "bare": '{"args": {}, "benchmarks": [1]}',
+    }
+    for name, content in texts.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(content)
     for other, message in (
         ("c", "did not ask the same problems"),
         ("d", "does not exist"),
-        ("study", "is no result of evaluate.py"),
         ("fewer", "4 and 2 samples a problem"),
+        ("golds", "1 problems had another gold answer"),
+        *(
+            (name, "damaged or no result of evaluate.py")
+            for name in ("study", "torn", "list", "bare")
+        ),
     ):
         with pytest.raises(UserError, match=message):
             evaluate.main(evaluate.Args(compare=(str(tmp_path / "a"), str(tmp_path / other))))
@@ -276,4 +333,5 @@ def test_summary():
     assert result["generated_tokens"] == 36
     assert result["correct_counts"] == [3, 1]
     assert result["majority"] == 0.75
-    assert result["accuracy_interval"] == [0.25, 0.75]
+    low, high = result["accuracy_interval"]
+    assert 0 <= low < 0.25 < 0.75 < high <= 1  # two problems say little

@@ -115,6 +115,19 @@ def test_offloaded_weights_train_the_same(runs, tmp_path):
     assert largest_difference(runs["opd"][1], tmp_path / "run") <= 1e-5
 
 
+@pytest.mark.parametrize(("ranks", "flags"), [(1, []), (2, []), (1, ["--cpu_offload"])])
+def test_policy_and_frozen_model_compute_alike_in_bfloat16(tmp_path, ranks, flags):
+    """A student that is its teacher starts at a KL of 0, a policy at its reference."""
+    shared = [*SIZES, "--num_steps", "1", "--dtype", "bfloat16", "--model", "toy/teacher", *flags]
+    run(ranks, "opd", *shared, "--learning_rate", "1e-6", "--output_dir", tmp_path / "opd")
+    (row,) = metrics_of(tmp_path / "opd")
+    assert abs(row["policy/reverse_kl"]) < 1e-6
+    assert abs(row["policy/forward_kl"]) < 1e-6
+    assert row["optim/grad_norm"] < 1e-4
+    run(ranks, "grpo", *shared, "--output_dir", tmp_path / "grpo")
+    assert abs(metrics_of(tmp_path / "grpo")[0]["policy/kl_ref"]) < 1e-6
+
+
 def test_bfloat16_compute_keeps_float32_weights_under_sharding(tmp_path):
     """At lr 1e-6 a bfloat16 weight would not move at all."""
     flags = [*SIZES, "--num_steps", "1", "--warmup_steps", "0", "--dtype", "bfloat16"]

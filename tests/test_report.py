@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from itertools import combinations
 
 import numpy as np
@@ -12,9 +13,11 @@ from scipy.stats import ttest_1samp, ttest_rel
 from torch.utils.flop_counter import FlopCounterMode
 
 import bridge
+from common.data import template_fingerprint
+from common.fingerprint import inputs_of
 from common.model import forward_flops
 from common.rollout import Rollout
-from common.run import UserError
+from common.run import ROOT, UserError
 from report import CLAIMS, PAPER, judge, t_interval, t_test
 
 
@@ -27,6 +30,8 @@ def test_t_interval_and_p_are_scipys():
         assert t_test((a - b).tolist()) == pytest.approx(ttest_rel(a, b).pvalue)
     assert t_interval([0.0, 1.0]) == pytest.approx([0.5 - 12.7062 / 2, 0.5 + 12.7062 / 2], 1e-4)
     assert t_interval([0.3]) is None
+    assert t_interval([0.3, 0.3]) is None
+    assert t_test([0.3, 0.3]) == 1.0
 
 
 def test_t_interval_covers_where_a_bootstrap_of_five_seeds_does_not():
@@ -59,7 +64,10 @@ def test_verdicts():
     verdicts = [result["verdict"] for result in judge([up, down, noise])]
     assert verdicts == ["supported", "not supported", "undecided"]
     assert judge([[0.5]])[0]["verdict"] == "undecided"  # one seed decides nothing
-    assert judge([[0.0, 0.0, 0.0]])[0]["verdict"] == "undecided"
+    for same in (0.0, 0.3):  # two equal differences would have p = 0
+        result = judge([[same, same], noise])[0]
+        assert result["verdict"] == "no verdict: the seeds do not differ"
+        assert (result["interval"], result["p"]) == (None, 1.0)
 
 
 # === accounting ===
@@ -81,7 +89,7 @@ def test_flops_are_those_that_torch_counts(tokenizer):
     assert forward_flops(model, [rollout]) < shared < 6 * forward_flops(model, [rollout])
 
 
-def make_up(stages) -> None:
+def make_up(stages, tokenizer) -> None:
     """Finished stages with numbers that tell them apart: the n-th has 10^4 n tokens and so on."""
     for n, stage in enumerate(stages, 1):
         stage.folder.mkdir(parents=True)
@@ -89,6 +97,9 @@ def make_up(stages) -> None:
         config = vars(script.Args(**stage.flags))
         if stage.script != "evaluate.py":
             config |= {"num_problems": 300 if stage.wiring["split"] == "all" else 150}
+        shutil.copytree(ROOT / "toy" / "student", stage.folder / "final")
+        config |= inputs_of(script.Args(**stage.flags))
+        config["template_fingerprint"] = template_fingerprint(tokenizer, thinking=False)
         config["environment"] = {"machine": "2 cores", "git_commit": f"c{stage.wiring['seed']}"}
         (stage.folder / "config.json").write_text(json.dumps(config))
         if stage.script == "evaluate.py":
@@ -110,12 +121,12 @@ def make_up(stages) -> None:
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
+def study(tmp_path_factory, tokenizer):
     """Every route of two seeds, made up."""
     folder = tmp_path_factory.mktemp("study")
     args = bridge.Args(routes=("all",), seeds=(1, 2), output_dir=str(folder), only_report=True)
     stages, _ = bridge.plan(args, bridge.fill_in(args))
-    make_up(stages)
+    make_up(stages, tokenizer)
     bridge.main(args)
     results = json.loads((folder / "results.json").read_text())
     return folder, stages, results
@@ -158,6 +169,24 @@ def test_matched_controls_get_what_the_full_route_has_used(study):
     assert tokens == sum(manifest["generated_tokens"] for manifest in done)
     flops = of[2, "cold_matched_flops"].flags["stop_at_flops"]
     assert flops == sum(manifest["flops"] + manifest["teacher_flops"] for manifest in done)
+
+
+def test_a_control_that_ended_before_its_budget_is_marked(study):
+    folder, stages, results = study
+    rows = {row["title"]: row for row in results["rows"]}
+    of = {(s.wiring["seed"], s.name): s for s in stages}
+    for flag, keys in (("tokens", ["generated_tokens"]), ("flops", ["flops", "teacher_flops"])):
+        controls = [of[seed, f"cold_matched_{flag}"] for seed in (1, 2)]
+        used = [json.loads(s.manifest.read_text()) for s in controls]
+        budgets = [s.flags[f"stop_at_{flag}"] for s in controls]
+        short = [sum(u[key] for key in keys) < b for u, b in zip(used, budgets, strict=True)]
+        assert any(short)  # as they are made up
+        title = f"cold: GRPO (all), {flag} of full"
+        assert rows[title]["not_matched"] == sum(short)
+        marked = f"{title} (NOT matched in {sum(short)} seed(s): the bound on steps came first)"
+        assert marked in (folder / "report.md").read_text()
+    assert rows["cold: GRPO (all)"]["not_matched"] == 0
+    assert sum("NOT matched" in claim["claim"] for claim in results["claims"]) == 2
 
 
 def test_shared_stages_are_planned_once(study):

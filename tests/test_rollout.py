@@ -8,13 +8,15 @@ import torch
 from conftest import SAMPLED, SEED, prompt_of, prompts_of_many_lengths, tiny_model
 
 from common.logprob import token_logprobs
+from common.model import end_ids
 from common.rollout import (
+    Rollout,
     TorchEngine,
     draw,
-    eos_token_ids,
     load_rollouts,
     rollout_metrics,
     sample_and_verify,
+    verify,
 )
 from common.run import UserError, write_jsonl
 from common.verifier import Verifier
@@ -66,7 +68,7 @@ def test_a_sample_depends_on_its_seed_alone(model, tokenizer):
 
 
 def test_every_eos_id_ends_a_completion(model, tokenizer):
-    ends = set(eos_token_ids(model.generation_config, tokenizer))
+    ends = set(end_ids(tokenizer, model))
     assert ends == {tokenizer.eos_token_id, *range(10, 20)}
     rollouts = TorchEngine(model, tokenizer).generate(
         prompts_of_many_lengths(tokenizer), 8, **SAMPLED
@@ -149,3 +151,47 @@ def test_given_rollouts_are_read_back(tmp_path, tokenizer):
     write_jsonl(tmp_path / "rows.jsonl", rows[2:3])
     with pytest.raises(UserError, match="0 of its 1 completions"):
         load_rollouts(tokenizer, [prompt_of("1+1", [5, 6])], Args)
+
+
+def given(tmp_path, tokenizer, row: dict) -> list[int]:
+    class Args:
+        rollouts, max_new_tokens = str(tmp_path / "row.jsonl"), 20
+
+    write_jsonl(tmp_path / "row.jsonl", [{"problem": "1+1", "completion": "2"} | row])
+    (rollout,) = load_rollouts(tokenizer, [prompt_of("1+1", [5, 6])], Args)
+    return rollout.completion_ids
+
+
+def test_given_rollouts_end_once_or_not_at_all(tmp_path, tokenizer):
+    (two,), end = tokenizer("2", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id
+    assert given(tmp_path, tokenizer, {}) == [two, end]
+    assert given(tmp_path, tokenizer, {"completion": "2<|im_end|>"}) == [two, end]
+    assert given(tmp_path, tokenizer, {"finish": "length"}) == [two]
+    assert given(tmp_path, tokenizer, {"completion_ids": [two]}) == [two]
+    assert given(tmp_path, tokenizer, {"completion_ids": [two, end]}) == [two, end]
+    assert given(tmp_path, tokenizer, {"completion": ""}) == [end]
+
+
+@pytest.mark.parametrize("ids", [[], ["2"], [2.0], [True], [-1], [10**6], "22", {"2": 2}, [[2]]])
+def test_given_token_ids_must_be_ids(tmp_path, tokenizer, ids):
+    with pytest.raises(UserError, match="row 1: completion_ids must be a list of one or more ids"):
+        given(tmp_path, tokenizer, {"completion_ids": ids})
+
+
+def test_half_a_surrogate_pair_in_a_given_completion(tmp_path, tokenizer):
+    with pytest.raises(UserError, match="half a surrogate pair in column completion"):
+        given(tmp_path, tokenizer, {"completion": "2 \ud800"})
+
+
+def test_a_thought_that_the_prompt_has_opened_holds_no_answer():
+    texts = [r"It may be \boxed{1}.", r"maybe \boxed{2}</think>\boxed{1}", r"</think>\boxed{2}"]
+    rollouts = [Rollout([5], [6], None, "eos", text, gold="1") for text in texts]
+    with Verifier() as verifier:
+        for opens, outcomes in (
+            (False, ["correct", "correct", "wrong"]),
+            (True, ["no_answer", "correct", "wrong"]),
+        ):
+            for rollout in rollouts:
+                rollout.opens_thought = opens
+            verify(verifier, rollouts)
+            assert [rollout.verdict.outcome for rollout in rollouts] == outcomes

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 from safetensors.torch import load_file
+from test_model import OTHER_EOS, changed_copy
 from transformers import AutoModelForCausalLM
 
 from common.run import ROOT, start
@@ -258,6 +259,14 @@ CASES = [(script, *case) for script in TRAINERS for case in BAD] + [
     ("evaluate", "--benchmarks good.jsonl folder/good.jsonl", "one file name"),
     ("bridge", "--teacher other", "set --student"),
     ("bridge", "--num_steps 0", "--num_steps is 0; it must be above 0"),
+    ("evaluate", "--benchmarks", "--benchmarks needs a value"),
+    ("bridge", "--benchmarks", "--benchmarks needs a value"),
+    ("opd", "--max_new_tokens 385", "and toy/student takes at most 512 tokens"),
+    ("evaluate", "--max_new_tokens 385", "and toy/teacher takes at most 512 tokens"),
+    ("opd", "--dataset lists.jsonl", "row 1, column problem: a list of chat messages"),
+    ("opd", "--dataset surrogate.jsonl", "half a surrogate pair in column problem"),
+    ("fkl_warmup", "--rollouts ids.jsonl --dataset good.jsonl", "completion_ids must be a list"),
+    ("evaluate", "--compare torn torn", "torn/results.json is damaged"),
 ]
 AS_PROCESSES = [CASES[0], CASES[1], *CASES[30:33]]
 
@@ -275,6 +284,12 @@ def bad_inputs(tmp_path_factory):
     (folder / "unanswered.jsonl").write_text(good + '{"problem": "1+2", "answer": null}\n')
     (folder / "huge.jsonl").write_text(json.dumps({"problem": "1+" * 10**6, "answer": "2"}))
     (folder / "table.parquet").write_bytes(b"PAR1 and nothing more")
+    (folder / "lists.jsonl").write_text('{"problem": ["1+1"], "answer": "2"}\n')
+    (folder / "surrogate.jsonl").write_text('{"problem": "1+1 \\ud800", "answer": "2"}\n')
+    ids = '{"problem": "1+1", "completion": "2", "completion_ids": ["2"]}\n'
+    (folder / "ids.jsonl").write_text(ids)
+    (folder / "torn").mkdir()
+    (folder / "torn" / "results.json").write_text('{"args": {"model": "toy/tea')
     (folder / "folder").mkdir()
     (folder / "folder" / "good.jsonl").write_text(good)
     (folder / "occupied").mkdir()
@@ -314,6 +329,40 @@ def test_bad_input_of_a_child_process(bad_inputs, script, flags, message):
     before = stamps(bad_inputs)
     done = run(script, *flags.split(), cwd=bad_inputs)
     check_refusal(bad_inputs, before, done.returncode, done.stderr, message)
+
+
+def test_a_replaced_teacher_is_noticed(tmp_path):
+    teacher, flags = tmp_path / "teacher", [*SMALL, "--num_steps", "2", "--output_dir"]
+    shutil.copytree(ROOT / "toy" / "teacher", teacher)
+    flags += [tmp_path / "run", "--teacher", teacher]
+    assert run("opd", *flags).returncode == 0
+    weights = bytearray((teacher / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (teacher / "model.safetensors").write_bytes(weights)
+    done = run("opd", *flags)
+    assert done.returncode == 2
+    assert "teacher_fingerprint: " in done.stderr
+
+
+def test_a_warmup_that_is_longer_than_the_run_is_told(tmp_path):
+    flags = ["--prompts_per_step", "2", "--group_size", "2", "--num_steps", "1"]
+    done = run("opd", *flags, "--output_dir", tmp_path / "run")
+    assert done.returncode == 0
+    told = "--warmup_steps 10 is above --num_steps 1: the rate ends at 10% of --learning_rate"
+    assert told in done.stdout
+
+
+def test_a_base_student_learns_to_stop(tmp_path):
+    """Another EOS than its teacher's, and no template: warmup and OPD end turns at either."""
+    student = changed_copy(tmp_path / "base", template=None, eos=OTHER_EOS)
+    flags = [*SMALL, "--num_steps", "2", "--learning_rate", "1e-4"]
+    warmup, final = tmp_path / "fkl", tmp_path / "fkl" / "final"
+    done = run("fkl_warmup", *flags, "--model", student, "--output_dir", warmup)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads((final / "generation_config.json").read_text())["eos_token_id"]) == 2
+    done = run("opd", *flags, "--model", final, "--output_dir", tmp_path / "opd")
+    assert done.returncode == 0, done.stderr
+    assert metrics_of(tmp_path / "opd")[0]["rollout/truncated"] < 0.5
 
 
 def test_another_config_leaves_the_folder_alone(trained):

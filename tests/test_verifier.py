@@ -1,6 +1,8 @@
 """The verifier: what it reads, what it grades, and that nothing breaks it."""
 
 import json
+import os
+import resource
 import subprocess
 import sys
 import threading
@@ -238,6 +240,20 @@ def test_easy_answers_start_no_worker():
     with Verifier() as verifier:
         verifier.grade([r"\boxed{3}", r"\boxed{4}", "nothing"], ["3", "3", "3"])
         assert verifier._workers == []
+
+
+def test_more_than_1023_open_files():
+    """select.select takes none above."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with Verifier() as verifier:
+            assert verifier.grade([r"\boxed{\frac12}"], ["0.5"])[0].correct
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_unreadable_golds_are_named(verifier):

@@ -12,8 +12,10 @@ import pytest
 from conftest import SEED
 from test_verifier import BOMBS, assert_gone
 
+from common.rollout import Rollout
 from common.run import ROOT
-from common.verifier import OUTCOMES, Verifier, extract_answer
+from common.verifier import OUTCOMES, Verifier, compare_cheaply, extract_answer
+from evaluate import majority_votes
 
 pytestmark = pytest.mark.faults
 
@@ -95,6 +97,38 @@ def test_fuzz():
     assert deadlines > 0
     assert resident_mb(os.getpid()) - before < 500
     assert_gone(pids)
+
+
+def hostile_answer(rng: random.Random) -> str:
+    return extract_answer(random_completion(rng)) or rng.choice(ATOMS)
+
+
+def test_fuzz_of_both_sides():
+    """Majority votes compare what models wrote with what models wrote."""
+    rng = random.Random(SEED + 2)
+    with Verifier(timeout_s=0.2, memory_mb=1024) as verifier:
+        for _ in range(20):
+            answers, golds = ([hostile_answer(rng) for _ in range(100)] for _ in range(2))
+            outcomes = {verdict.outcome for verdict in verifier.compare(answers, golds)}
+            assert outcomes <= {"correct", "wrong", "timeout", "crash"}
+            texts = [rf"\boxed{{{answer}}}" for answer in answers]
+            verdicts = verifier.grade(texts, ["5"] * 100)
+            rollouts = [Rollout([1], [2], None, "eos", "", verdict=v) for v in verdicts]
+            assert all(0 <= share <= 1 for share in majority_votes(verifier, rollouts, 4))
+
+
+def test_comparing_without_a_worker_takes_no_time():
+    """In the trainer's process nothing has a deadline: a second for 300 comparisons, with room."""
+    rng = random.Random(SEED + 3)
+    spaces, digits = r"\text{" + " " * 1980 + "(", "1" * 2000
+    hostile = [spaces, digits, "-" * 2000, "1," * 1000, "{,}1" * 500, "a " * 1000, "$" * 2000]
+    hostile += [hostile_answer(rng)[:2000] for _ in range(100)]
+    began = time.monotonic()
+    for answer in hostile:
+        for gold in (answer[::-1], digits, r"\text{even}"):
+            compare_cheaply(answer, gold)
+            extract_answer(answer + gold)
+    assert time.monotonic() - began < 10  # the cubic one took 7 s for a single comparison
 
 
 def test_fuzz_of_the_extraction():

@@ -1,0 +1,107 @@
+"""What is checked of models and tokenizers, and what must hold between two."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from common.model import end_ids, load_for_training, load_model, load_tokenizer, share_end_ids
+from common.rollout import TorchEngine
+from common.run import ROOT, UserError
+
+CPU = torch.device("cpu")
+EOS, OTHER_EOS = "<|im_end|>", "<|endoftext|>"
+
+
+def changed_copy(folder, template: str | None = "", eos: str = EOS, **generation):
+    """The toy student with another template (None: without) and EOS, as base models are."""
+    shutil.copytree(ROOT / "toy" / "student", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = eos
+    if template != "":
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | ids))
+    (folder / "generation_config.json").write_text(json.dumps(ids | generation))
+    return folder
+
+
+@pytest.fixture
+def base(tmp_path):
+    return str(changed_copy(tmp_path / "base", template=None, eos=OTHER_EOS))
+
+
+def test_a_base_model_is_trained_on_its_teachers_template(base, capsys):
+    with pytest.raises(UserError, match="has no chat template; name a model .* --chat_template"):
+        load_tokenizer(base)
+    tokenizer, teacher = load_tokenizer(base, "toy/teacher"), load_tokenizer("toy/teacher")
+    assert tokenizer.chat_template == teacher.chat_template
+    assert "is trained on that of toy/teacher" in capsys.readouterr().out
+    assert load_tokenizer(base, chat_template="toy/teacher").chat_template
+    assert capsys.readouterr().out == ""
+
+
+def test_different_templates_are_told(tmp_path, capsys):
+    load_tokenizer("toy/student", "toy/teacher")
+    assert capsys.readouterr().out == ""
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    other = str(changed_copy(tmp_path / "other", template))
+    load_tokenizer(other, "toy/teacher")
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    assert "have different chat templates" in printed
+
+
+def test_a_turn_ends_at_the_eos_of_either_model(base):
+    """One vocabulary, two EOS: a student would learn its teacher's, and never stop."""
+    tokenizer = load_tokenizer(base, "toy/teacher")
+    eos, other = (tokenizer.convert_tokens_to_ids(token) for token in (EOS, OTHER_EOS))
+    student, teacher = (load_model(name, "float32", CPU) for name in (base, "toy/teacher"))
+    assert tokenizer.eos_token_id == other
+    assert eos in end_ids(tokenizer)  # the template writes it behind an answer
+    share_end_ids(tokenizer, student, teacher)
+    for model in (student, teacher):
+        assert set(model.generation_config.eos_token_id) == {eos, other}
+        assert set(TorchEngine(model, tokenizer).eos_ids.tolist()) == {eos, other}
+
+
+def test_the_end_of_a_turn_is_read_from_configs_too(tokenizer):
+    model = tiny_model(tokenizer)
+    model.generation_config.eos_token_id, model.config.eos_token_id = [11, 12], 13
+    assert set(end_ids(tokenizer, model)) == {11, 12, 13, tokenizer.eos_token_id}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": False, "temperature": 0.6, "top_p": 0.9},
+        {"num_beams": 1, "early_stopping": True, "length_penalty": 2.0},
+    ],
+)
+def test_what_loads_can_be_saved(tmp_path, settings):
+    """Published generation configs are ones that save_pretrained refuses."""
+    folder = changed_copy(tmp_path / "model", **settings)
+    with pytest.raises(ValueError, match="GenerationConfig is invalid"):
+        GenerationConfig.from_pretrained(folder).save_pretrained(tmp_path / "refused")
+    model = load_model(str(folder), "float32", CPU)
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").generation_config
+    assert again.eos_token_id == model.generation_config.eos_token_id is not None
+
+
+def arguments(**own) -> SimpleNamespace:
+    shared = {"dtype": "float32", "activation_checkpointing": False, "max_prompt_tokens": 128}
+    return SimpleNamespace(**shared | {"max_new_tokens": 64} | own)
+
+
+def test_lengths_beyond_the_models_positions():
+    load_for_training("toy/student", arguments(max_new_tokens=384), CPU)
+    with pytest.raises(UserError, match="are 513 together, and toy/student takes at most 512"):
+        load_for_training("toy/student", arguments(max_new_tokens=385), CPU)
