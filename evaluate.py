@@ -250,7 +250,7 @@ def paired_difference(a: dict, b: dict) -> dict[str, tuple[float, list[float]]]:
     }
 
 
-# Of two runs that are compared.
+# What says which model and where, not how it is asked: not among the settings of a result.
 MAY_DIFFER = {"output_dir", "compare", "model", "benchmarks", "device", "tensor_parallel"}
 MAY_DIFFER |= {"vllm_gpu_memory", "enforce_eager"}
 # What --compare reads of a benchmark's results.
@@ -277,7 +277,7 @@ def compare(folders: tuple[str, str]) -> None:
     differing = [
         f"{name} ({settings[0].get(name)}, {settings[1].get(name)})"
         for name in settings[0]
-        if name not in MAY_DIFFER and settings[0][name] != settings[1].get(name)
+        if settings[0][name] != settings[1].get(name)
     ]
     if differing:
         print(f"the runs differ in more than the model: {', '.join(differing)}")
@@ -409,7 +409,7 @@ def main(args: Args) -> None:
     check(len(stems) == len(args.benchmarks), "two --benchmarks have one file name; rename one")
     folder, device = Path(args.output_dir), join_ranks(args)
     backend = resolve_backend(args, device)
-    check_lengths(args.model, args)
+    check_lengths(args, args.model)
     tokenizer = load_tokenizer(args.model, chat_template=args.chat_template)
     prompts = {}
     for name in args.benchmarks:
@@ -451,7 +451,9 @@ def main(args: Args) -> None:
         page = samples_page(args.model, samples, k)
         with writing(folder):
             write_atomic(folder / "samples.html", page)
-            write_json(folder / "results.json", {"args": vars(args), "benchmarks": results})
+            settings = {k: v for k, v in vars(args).items() if k not in MAY_DIFFER}
+            saved = {"model": args.model, "args": settings, "benchmarks": results}
+            write_json(folder / "results.json", saved)
 
 
 def describe(name: str, result: dict) -> str:

@@ -37,6 +37,7 @@ import memory
 from common import data, logprob
 from common.model import (
     DTYPES,
+    check_lengths,
     clip_grad_norm,
     forward_flops,
     load_for_training,
@@ -315,8 +316,9 @@ def main(args: Args) -> None:
     device = join_ranks(args)
     backend = resolve_backend(args, device)
     torch.manual_seed(args.seed)
-    teacher_name = None if plain_sft else args.teacher
-    tokenizer = load_tokenizer(args.model, teacher_name, args.chat_template)
+    teachers = [] if plain_sft else [args.teacher]
+    check_lengths(args, args.model, *teachers)
+    tokenizer = load_tokenizer(args.model, *teachers, chat_template=args.chat_template)
 
     # --- data ---
     dataset = data.training_prompts(tokenizer, args)

@@ -10,8 +10,9 @@ rho_t = pi(y_t) / pi_old(y_t) and r_t = ref(y_t) / pi(y_t)
 after DeepSeekMath (arXiv 2402.03300); clip 0.2 and kl_coef 5e-4 are the paper's (2605.12483,
 Table 9). What to know:
 - Z is fixed before micro-batching: neither micro-batches nor chunks change the gradient.
-- On the first pass over fresh rollouts rho is 1 and the loss is near 0 while its gradient is not:
-  watch rollout/accuracy and policy/entropy instead.
+- On the first pass over fresh rollouts rho is 1, and the loss is minus the advantage of the mean
+  token: it shows whether right completions are longer, and nothing of the gradient. Watch
+  rollout/accuracy and policy/entropy instead.
 - The k3 term estimates KL(pi || ref), but its gradient on policy is that of KL(ref || pi).
 
 Shape key: P prompts per step, G completions per prompt, N = P·G sequences, T tokens,
@@ -35,7 +36,14 @@ from tqdm import tqdm
 
 import memory
 from common import data, logprob
-from common.model import DTYPES, clip_grad_norm, forward_flops, load_for_training, load_tokenizer
+from common.model import (
+    DTYPES,
+    check_lengths,
+    clip_grad_norm,
+    forward_flops,
+    load_for_training,
+    load_tokenizer,
+)
 from common.rollout import (
     Rollout,
     make_engine,
@@ -406,6 +414,7 @@ def main(args: Args) -> None:
     device = join_ranks(args)
     backend = resolve_backend(args, device)
     torch.manual_seed(args.seed)
+    check_lengths(args, args.model)
     tokenizer = load_tokenizer(args.model, chat_template=args.chat_template)
 
     # --- data ---

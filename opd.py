@@ -36,6 +36,7 @@ import memory
 from common import data, logprob
 from common.model import (
     DTYPES,
+    check_lengths,
     clip_grad_norm,
     forward_flops,
     load_for_training,
@@ -326,6 +327,7 @@ def main(args: Args) -> None:
     device = join_ranks(args)
     backend = resolve_backend(args, device)
     torch.manual_seed(args.seed)
+    check_lengths(args, args.model, args.teacher)
     tokenizer = load_tokenizer(args.model, args.teacher, args.chat_template)
 
     # --- data ---

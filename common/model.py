@@ -144,15 +144,16 @@ def share_end_ids(tokenizer, *models: PreTrainedModel) -> None:
         model.generation_config.eos_token_id = ids
 
 
-def check_lengths(name: str, args) -> None:
+def check_lengths(args, *names: str) -> None:
     """Positions that a model was not made for give nonsense, and no error."""
-    config = _load(AutoConfig.from_pretrained, name).get_text_config()
-    limit, length = config.max_position_embeddings, args.max_prompt_tokens + args.max_new_tokens
-    check(
-        length <= limit,
-        f"--max_prompt_tokens and --max_new_tokens are {length} together, and {name} takes at most "
-        f"{limit} tokens",
-    )
+    length = args.max_prompt_tokens + args.max_new_tokens
+    for name in names:
+        limit = _load(AutoConfig.from_pretrained, name).get_text_config().max_position_embeddings
+        check(
+            length <= limit,
+            f"--max_prompt_tokens and --max_new_tokens are {length} together, and {name} takes at "
+            f"most {limit} tokens",
+        )
 
 
 def _make_savable(config: GenerationConfig) -> None:
@@ -184,7 +185,6 @@ def load_for_training(
 ) -> PreTrainedModel:
     """As load_model; where there are ranks, sharded over them by FSDP2. The first rank reads the
     file, so a machine holds one whole copy while loading."""
-    check_lengths(name, args)
     if not dist.is_initialized():
         model = load_model(name, args.dtype, device, trainable)
         _recompute_activations(model, args)

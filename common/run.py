@@ -118,6 +118,8 @@ def start(main: Callable, args_type: type, description: str) -> None:
     if num_ranks() > 1:  # a group of one may be vLLM's own, which it ends itself
         dist.barrier()  # a rank that closes its connections early takes the others down
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # its threads were seen to abort the interpreter's own way out
 
 
 def parse(args_type: type, description: str):

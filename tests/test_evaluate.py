@@ -273,7 +273,7 @@ def test_compare_wants_the_same_problems(tmp_path, capsys):
         results[name] |= {"golds": ["1", "2"]}
         results[name] |= {"correct_counts": counts, "majority_votes": [0.0, 1.0]}
         (tmp_path / name).mkdir()
-        settings = {"model": name, "temperature": 0.7 if name == "b" else 1.0, "seed": 0}
+        settings = {"temperature": 0.7 if name == "b" else 1.0, "seed": 0}
         text = json.dumps({"args": settings, "benchmarks": {"toy": results[name]}})
         (tmp_path / name / "results.json").write_text(text)
     evaluate.main(evaluate.Args(compare=(str(tmp_path / "a"), str(tmp_path / "b"))))

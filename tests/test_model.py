@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from common.model import end_ids, load_for_training, load_model, load_tokenizer, share_end_ids
+from common.model import check_lengths, end_ids, load_model, load_tokenizer, share_end_ids
 from common.rollout import TorchEngine
 from common.run import ROOT, UserError
 
@@ -96,12 +96,8 @@ def test_what_loads_can_be_saved(tmp_path, settings):
     assert again.eos_token_id == model.generation_config.eos_token_id is not None
 
 
-def arguments(**own) -> SimpleNamespace:
-    shared = {"dtype": "float32", "activation_checkpointing": False, "max_prompt_tokens": 128}
-    return SimpleNamespace(**shared | {"max_new_tokens": 64} | own)
-
-
 def test_lengths_beyond_the_models_positions():
-    load_for_training("toy/student", arguments(max_new_tokens=384), CPU)
+    names = ("toy/student", "toy/teacher")
+    check_lengths(SimpleNamespace(max_prompt_tokens=128, max_new_tokens=384), *names)
     with pytest.raises(UserError, match="are 513 together, and toy/student takes at most 512"):
-        load_for_training("toy/student", arguments(max_new_tokens=385), CPU)
+        check_lengths(SimpleNamespace(max_prompt_tokens=128, max_new_tokens=385), *names)
