@@ -5,6 +5,7 @@ Every fault of the weight sync comes twice: the proof raises, and without that p
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -206,9 +207,14 @@ def engine_of_saved(model, tokenizer, **own) -> VLLMEngine:
     return engine_of(load_model(folder, "float32", CPU, trainable=True), tokenizer, **own)
 
 
-def test_a_folder_is_evaluated_without_a_model(tokenizer, student):
+@pytest.mark.parametrize("file", [None, "generation_config.json"])
+def test_a_folder_is_evaluated_without_a_model(tokenizer, student, tmp_path, file):
+    """Without a generation_config.json too: the torch backend takes such a folder."""
+    shutil.copytree(ROOT / "toy" / "student", tmp_path / "model")
+    if file:
+        (tmp_path / "model" / file).unlink()
     resolve_backend(arguments(), CPU)
-    engine = VLLMEngine(str(ROOT / "toy" / "student"), tokenizer, arguments())
+    engine = VLLMEngine(str(tmp_path / "model"), tokenizer, arguments())
     greedy = {"max_new_tokens": 24, "temperature": 0.0, "seed": (SEED,)}
     prompts = [prompt_ids(tokenizer, 10)]
     (theirs,) = engine.generate(prompts, 1, **greedy)
@@ -372,6 +378,17 @@ def test_trainers(script, tmp_path):
             assert row["sync/canary_mean"] < 1e-3
         if script == "grpo":
             assert row["policy/engine_ratio"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_trainer_in_bfloat16(tmp_path):
+    """It shards on one rank, and vLLM joins that group."""
+    flags = "--backend vllm --num_steps 2 --prompts_per_step 4 --group_size 4 --warmup_steps 0"
+    done = run_script("grpo", f"{flags} --dtype bfloat16 --output_dir {tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert rows[0]["policy/kl_ref"] == pytest.approx(0, abs=1e-6)
+    assert all(row["sync/canary_mean"] < CANARY_LIMIT[torch.bfloat16] for row in rows)
 
 
 def test_evaluate(tmp_path):
