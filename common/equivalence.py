@@ -33,6 +33,7 @@ from latex2sympy2_extended.logic import And
 from math_verify import parse, verify
 from math_verify.grader import (
     is_assignment_relation,
+    is_equation,
     is_relation,
     take_first_relation,
     take_last_relation,
@@ -48,36 +49,63 @@ from sympy import (
     Integral,
     Interval,
     Limit,
+    MatMul,
     MatrixBase,
     Mul,
     Number,
     Pow,
     Product,
     Rational,
+    S,
     Set,
     Sum,
     Symbol,
     Tuple,
     UnevaluatedExpr,
+    Union,
+    expand,
+    log,
     preorder_traversal,
+    sqrtdenest,
 )
 from sympy.core.parameters import distribute
 from sympy.core.relational import Relational
 
 logging.disable()  # math-verify warns that its own time-outs are off
 
-_PROSE = re.compile(r"\$|\\\[|\\\(|\\boxed|[A-Za-z]{2} [A-Za-z]{2}")
+_MATHS = re.compile(r"\$|\\\[|\\\(|\\boxed")
+_PROSE = re.compile(_MATHS.pattern + r"|[A-Za-z]{2} [A-Za-z]{2}")
 _NUMERAL = re.compile(r"\d*\.\d+|\d+")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_SUBSCRIPT = re.compile(r"_(?:\{[^{}]*\}|\w)")
+_SUBSCRIPT = re.compile(r"(?<![|])_(?:\{[^{}=]*\}|\w)")
 _MIXED = re.compile(r"(\d+)\s*\\[dt]?frac\{(\d+)\}\{(\d+)\}")
+_PLAIN_MIXED = re.compile(r"(?<![\d.,/^_])(\d+)(?:\s|\\ )+(\d+)/(\d+)(?![\d.])")
+_BASE = re.compile(r"\d\s*_\s*\{?\s*(\d+)")
+_GOES_ON = re.compile(r"[A-Za-z\\^!_(]|\s*[*/^+=(]|\s*\\[A-Za-z]")
+# Numbers side by side, an evaluation bar, a transpose, a determinant: the parser carries them out.
+_EAGER = re.compile(
+    r"\d(?:\s|~|\\[ ,;:!]|\\q?quad)+\d|(?:[|]|\\[lr]?[vV]ert)\s*_"
+    r"|\^\s*\{?\s*(?:T|\\top|\\intercal)(?![A-Za-z])"
+    r"|\{[vV]matrix\}|\\(?:det|tr|rank|operatorname|bmod|pmod)(?![A-Za-z])"
+)
 
 # LaTeX that a numeral, or a set, tuple, interval or matrix of numerals may hold; the parser works
 # out `e^{\ln 3}` and \begin{vmatrix} ...
 _COMMAND = re.compile(r"\\[A-Za-z]+(?:\{(?:[A-Za-z]*matrix|array)\})?")
 _NUMERAL_COMMANDS = {
     *(r"\frac", r"\dfrac", r"\tfrac", r"\cfrac", r"\times", r"\cdot", r"\circ", r"\degree"),
-    *(r"\infty", r"\in", r"\pm", r"\mp", r"\cup", r"\left", r"\right", r"\quad", r"\qquad"),
+    *(
+        r"\infty",
+        r"\in",
+        r"\mathbb",
+        r"\pm",
+        r"\mp",
+        r"\cup",
+        r"\left",
+        r"\right",
+        r"\quad",
+        r"\qquad",
+    ),
     *(r"\text", r"\mathrm", r"\approx", r"\lbrace", r"\rbrace", r"\langle", r"\rangle"),
     *(
         rf"\{word}{{{kind}}}"
@@ -88,19 +116,22 @@ _NUMERAL_COMMANDS = {
 }
 
 PER_CENT = UnevaluatedExpr(Rational(1, 100))  # how math-verify writes `%`
+I_AS_SYMBOL = Symbol("i", real=True)  # what it makes of the i of 3+4i
 TINY = 1e-3  # math-verify rounds decimals to 6 places: to it, 0.0 is every number below 5e-7
 
 Tree = Basic | MatrixBase
 
 
 def read(text: str) -> list[Tree | str]:
-    """What math-verify reads: at most one tree, then its text.
+    """What math-verify reads: at most one tree, then the text that it is the tree of.
 
     Text is read as the LaTeX of an answer; if there is prose or markup around, as a text that has
     one.
     """
+    text = _PLAIN_MIXED.sub(r"\1\\frac{\2}{\3}", text)
     boxed = text if _PROSE.search(text) else rf"\boxed{{{text}}}"
-    return parse(boxed, parsing_timeout=None)
+    # Of the first match only: else the text may be of one match and the tree of another.
+    return parse(boxed, parsing_timeout=None, extraction_mode="first_match")
 
 
 def is_readable(gold: str) -> bool:
@@ -115,8 +146,14 @@ def is_answer(gold: str, answer: str) -> bool:
         return False
     if isinstance(golds[0], str) or isinstance(answers[0], str):
         return True  # the texts were equal
-    wanted, wanted_text = sides_of(*golds)[0] if is_assignment(golds[0]) else golds
-    if isinstance(wanted, Relational | And):
+    if _is_cut_short(answers[1], answer) or not _bases_agree(answer, gold):
+        return False
+    wanted, wanted_text = golds
+    if is_assignment(wanted) and not (
+        is_relation(answers[0]) and sides_of(wanted)[0][0].free_symbols
+    ):
+        wanted, wanted_text = sides_of(*golds)[0]  # the 3 of `x = 3`, but all of `y = 2x+3`
+    if is_relation(wanted):
         return is_finished(*answers, wanted, wanted_text)
     # math-verify takes the right side: of `1 = 8+4+7` the left one must not vouch for it.
     sides = [side for side in sides_of(*answers) if is_finished(*side, wanted, wanted_text)]
@@ -127,11 +164,24 @@ def _equal(golds: list, answers: list) -> bool:
     if not verify(golds, answers, timeout_seconds=None):
         return False
     gold, answer = golds[0], answers[0]
-    numbers = [value for value in (gold, answer) if getattr(value, "is_number", False)]
-    if len(numbers) < 2 or any(number.has(PER_CENT) for number in numbers):  # 9% is 9 to it
+    if not all(getattr(value, "is_number", False) for value in (gold, answer)):
         return True
-    gold, answer = (number.doit().evalf() for number in numbers)
-    return not gold.is_finite or bool(abs(gold - answer) <= TINY * abs(gold))
+    readings = [[n.doit().evalf(), n.subs(PER_CENT, 1).doit().evalf()] for n in (gold, answer)]
+    pairs = [(a, b) for a in readings[0] for b in readings[1]]  # 9% is 9 to it, and 0.09
+    return any(not a.is_finite or bool(abs(a - b) <= TINY * abs(a)) for a, b in pairs)
+
+
+def _is_cut_short(text: str, answer: str) -> bool:
+    r"""Whether prose goes on where math-verify's number ends: `the length is 12\sqrt{5}`."""
+    before, found, behind = answer.rpartition(text)
+    prose = _PROSE.search(answer) and not _MATHS.search(answer)
+    return bool(prose and found and _GOES_ON.match(behind))
+
+
+def _bases_agree(answer: str, gold: str) -> bool:
+    """math-verify ignores the base of `52_8`; an answer need not say it."""
+    bases = [set(_BASE.findall(text)) for text in (answer, gold)]
+    return bases[0] <= (bases[1] or {"10"})
 
 
 def is_assignment(tree: Tree) -> bool:
@@ -141,7 +191,7 @@ def is_assignment(tree: Tree) -> bool:
 
 def sides_of(tree: Tree, text: str = "") -> list[tuple[Tree, str]]:
     """Of an equation or a chain of them the last side, then the first; else the tree itself."""
-    if not isinstance(tree, Eq | And) or not is_relation(tree):
+    if not isinstance(tree, Eq | And) or not is_equation(tree):
         return [(tree, text)]
     last = (take_last_relation(tree).rhs, text.rpartition("=")[2])
     return [last, (take_first_relation(tree).lhs, text.partition("=")[0])]
@@ -152,18 +202,24 @@ def sides_of(tree: Tree, text: str = "") -> list[tuple[Tree, str]]:
 
 def is_finished(answer: Tree, text: str, gold: Tree, gold_text: str) -> bool:
     """Whether nothing is left to be worked out in `answer`, beyond what is left in `gold`."""
-    if not _written_numbers_are_in(answer, text) and _written_numbers_are_in(gold, gold_text):
+    if not _is_as_written(answer, text) and _is_as_written(gold, gold_text):
         return False
-    if all(is_rational(element) for element in elements_of(gold)):
+    solved = is_relation(gold) and is_solved(gold) and len(gold.free_symbols) == 1
+    if solved and is_relation(answer):
+        return is_solved(answer) and not undone(answer)
+    if solved or all(is_rational(element) for element in elements_of(gold)):
         rational = all(is_rational(element) for element in elements_of(answer))
-        return rational and _NUMERAL_COMMANDS.issuperset(_COMMAND.findall(text))
-    if isinstance(gold, Relational) and is_solved(gold) and len(gold.free_symbols) == 1:
-        return isinstance(answer, Relational) and is_solved(answer) and not undone(answer)
+        merged = undone(answer)[Union] > 0
+        return rational and not merged and _NUMERAL_COMMANDS.issuperset(_COMMAND.findall(text))
     return not undone(answer) - undone(gold)
 
 
 def elements_of(tree: Tree) -> list[Tree]:
-    """Those of a set, tuple, interval or matrix, at any depth; else the tree itself."""
+    r"""Those of a set, tuple, interval, matrix or \frac{1}{2} of one, at any depth; else itself."""
+    if tree == S.Reals:
+        return [-S.Infinity, S.Infinity]
+    if isinstance(tree, MatMul) and not any(f.is_Integer for f in tree.args if not f.is_Matrix):
+        tree = tree.doit()
     if isinstance(tree, Interval):
         return [tree.start, tree.end]
     if isinstance(tree, MatrixBase):
@@ -190,8 +246,10 @@ def is_rational(tree: Tree) -> bool:
     return all(n.q == 1 for n in numerals) and math.gcd(*(n.p for n in numerals)) == 1
 
 
-def is_solved(relation: Relational) -> bool:
-    """`x = 3`, `3 > x`, `-x > -3`: one side is a symbol that the other has not."""
+def is_solved(relation: Relational | And) -> bool:
+    """`x = 3`, `3 > x`, `-x > -3`, `1 < x < 3`: one side is a symbol that the other has not."""
+    if isinstance(relation, And):
+        return all(is_solved(part) for part in relation.args)
     sides = (relation.lhs, relation.rhs)
     return any(
         isinstance(symbol, Symbol) and symbol not in other.free_symbols
@@ -208,24 +266,67 @@ def undone(tree: Tree) -> Counter:
             if isinstance(node, Sum | Product | Integral | Limit | Derivative):
                 kinds[type(node)] += 1
             elif isinstance(node, Add):
-                terms = _flat(Add, node)
+                terms = [term for part in _flat(Add, node) for term in _distributed(part)]
                 kinds[Add] += len(Add.make_args(Add(*terms))) < len(terms)
+                kinds[log] += sum(term.has(log) for term in terms) > 1
             elif isinstance(node, Mul):
                 kinds[Mul] += _is_undone_product(node)
-            elif isinstance(node, Pow) and node.exp != -1 and not isinstance(node.base, Float):
-                kinds[Pow] += not isinstance(Pow(node.base, node.exp), Pow)
+            elif isinstance(node, Pow):
+                kinds[Pow] += _is_undone_power(node)
+            elif isinstance(node, Union):
+                kinds[Union] += len(Union.make_args(Union(*node.args))) < len(node.args)
             elif isinstance(node, Function):
-                kinds[type(node)] += not node.func(*node.args).has(node.func)
-            if not node.free_symbols:
-                kinds["expand"] += _is_product_of_sums(node)
+                arguments = [argument.doit() for argument in node.args]
+                kinds[type(node)] += not node.func(*arguments).has(node.func)
+            if isinstance(node, Mul | Pow) and not node.free_symbols - {I_AS_SYMBOL}:
+                kinds["expand"] += _is_undone_number(node)
     return +kinds
 
 
-def _is_product_of_sums(number: Tree) -> bool:
-    r"""`(1+\sqrt{2})(3-\sqrt{2})`, `(1+\sqrt{2})^2`."""
+def _distributed(term: Tree) -> list[Tree]:
+    """The terms of 2(x+1), else the term."""
+    factors = _flat(Mul, term)
+    sums = [factor for factor in factors if isinstance(factor, Add)]
+    others = [factor for factor in factors if not isinstance(factor, Add)]
+    if len(sums) != 1 or any(factor.free_symbols for factor in others):
+        return [Mul(*factors)]
+    return [Mul(*others, part) for part in _flat(Add, sums[0])]
+
+
+def _is_undone_power(power: Pow) -> bool:
+    base, exponent = power.args
+    if isinstance(base, Float):
+        return False
+    if exponent != -1:
+        return not isinstance(Pow(base, exponent), Pow)
+    fractions = [f for f in _flat(Mul, base) if isinstance(f, Pow) and f.exp == -1]
+    nested = bool(fractions) or (isinstance(base, Rational) and base.q > 1)  # 1/(1/9)
+    return nested or (isinstance(base, Pow) and not isinstance(Pow(base, -1), Pow))
+
+
+def _is_undone_number(number: Mul | Pow) -> bool:
+    r"""`(1+\sqrt{2})(3-\sqrt{2})`, `(1+\sqrt{2})^2`, `\frac{1}{1+\sqrt{2}}`, `\frac{6}{\sqrt{3}}`,
+    `\sqrt{3+2\sqrt{2}}`, `\sqrt{3}(\sqrt{3}+\sqrt{2})`."""
     if isinstance(number, Pow):
-        return isinstance(number.base, Add) and isinstance(number.exp, Integer) and number.exp.p > 1
-    return sum(isinstance(factor, Add) for factor in _flat(Mul, number)) > 1
+        whole = isinstance(number.exp, Integer) and number.exp.p not in (0, 1)
+        root = number.doit()
+        denests = isinstance(root, Pow) and sqrtdenest(root) != root
+        return isinstance(number.base, Add) and (whole or denests)
+    factors = _flat(Mul, number)
+    sums = [factor for factor in factors if isinstance(factor, Add)]
+    if number.has(Float):
+        return False
+    if not sums:
+        written = Mul(*(factor for factor in factors if isinstance(factor, Rational)))
+        below = [f.base for f in factors if isinstance(f, Pow) and f.exp == -1]
+        written /= Mul(*(base for base in below if isinstance(base, Rational)))
+        return Mul(*factors).subs(PER_CENT, 1).as_coeff_Mul()[0] != written
+    roots = sum(isinstance(node, Pow) for node in preorder_traversal(number))
+    expanded = expand(number)
+    fewer = sum(isinstance(node, Pow) for node in preorder_traversal(expanded)) < roots - len(
+        factors
+    )
+    return len(sums) > 1 or fewer
 
 
 def _is_undone_product(product: Mul) -> bool:
@@ -234,7 +335,10 @@ def _is_undone_product(product: Mul) -> bool:
     fractions = [f for f in factors if isinstance(f, Pow) and f.exp == -1]
     above = [f for f in factors if isinstance(f, Number)]
     below = [f.base for f in fractions if isinstance(f.base, Number)]
-    integers = [int(n) for n in (*above, *below) if isinstance(n, Integer)]
+    # Of (2x+4)/2 too.
+    sums = [factor.doit() for factor in factors if isinstance(factor, Add)] if below else []
+    contents = [abs(factor.primitive()[0]) for factor in sums]
+    integers = [int(n) for n in (Mul(*above, *contents), *below) if n.is_Integer]
     if len(above) > 1 or len(below) > 1 or (len(integers) == 2 and math.gcd(*integers) > 1):
         return True
     others = [f for f in factors if f not in above and f not in fractions]
@@ -253,26 +357,39 @@ def _flat(kind: type, tree: Tree) -> list[Tree]:
 # === written numbers ===
 
 
-def _written_numbers_are_in(tree: Tree, text: str) -> bool:
-    """Whether the tree has each numeral of the text, 0 and 1 apart."""
-    text = _MIXED.sub(_improper, _SUBSCRIPT.sub(" ", text.partition(r"\approx")[0]))
-    held = {0, 1, *_numbers_of(tree)}
-    readings = (text, _THOUSANDS.sub("", text))  # 1,234 is one number or two
-    return any(held.issuperset(_numerals_of(reading)) for reading in readings)
+def _is_as_written(tree: Tree, text: str) -> bool:
+    r"""Whether the tree is what the text says, not what the parser has worked out: it has each
+    numeral, 0 and 1 apart, and nothing was substituted, transposed or a determinant."""
+    text = _MIXED.sub(_improper, _SUBSCRIPT.sub(" ", text))
+    if _EAGER.search(text):
+        return False
+    held = _numbers_of(tree)
+    # Of `x \approx 12/4` the tree is the right side, of `1/3 \approx 0.3` the left one.
+    parts = [_numerals_of(part) for part in text.split(r"\approx")]
+    parts = [readings for readings in parts if any(readings)] or parts[:1]
+    return any(not reading - held for readings in parts for reading in readings)
 
 
-def _numerals_of(text: str) -> list[int | float]:
-    return [float(word) if "." in word else int(word) for word in _NUMERAL.findall(text)]
+def _numerals_of(text: str) -> list[Counter]:
+    """How often each numeral stands there, 0 and 1 apart; 1,234 is one number or two. A part that
+    stands twice counts once: `6, 6` is the set of 6."""
+    readings = []
+    for reading in (text, _THOUSANDS.sub("", text)):
+        parts = dict.fromkeys(part.strip() for part in reading.split(","))
+        words = [word for part in parts for word in _NUMERAL.findall(part)]
+        numerals = [float(word) if "." in word else int(word) for word in words]
+        readings.append(Counter(numeral for numeral in numerals if numeral not in (0, 1)))
+    return readings
 
 
-def _numbers_of(tree: Tree) -> list[int | float]:
-    numbers = []
+def _numbers_of(tree: Tree) -> Counter:
+    numbers: list[int | float] = []
     for node in preorder_traversal(tree):
         if isinstance(node, Rational):
             numbers += [abs(int(node.p)), int(node.q)]
         elif isinstance(node, Number) and node.is_finite:
             numbers.append(abs(float(node)))
-    return numbers
+    return Counter(numbers)
 
 
 def _improper(mixed: re.Match) -> str:

@@ -45,6 +45,16 @@ _BETWEEN_BOXES = re.compile(
 )
 _PLAIN_NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|[+-]?\.\d+")
 _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,?\\!|\\,|[ \u00a0\u2009\u202f])(?=\d{3}(?!\d))")
+_CURRENCY = re.compile(r"\\\$|[€£¥¢]")
+_WRAPPED = re.compile(r"(?:\\(?:textbf|mathbf|boldsymbol|bm|underline|mathrm))?\{([^{}\\]*)\}")
+_THINGS = re.compile(r"([\d,.+-]+)\s+([A-Za-z]{2,}(?:[ /][A-Za-z]{1,20}){0,6}[²³]?)")
+# What follows a number and is no unit of it.
+_NUMBER_WORDS = {
+    *("and", "or", "plus", "minus", "times", "over", "squared", "cubed", "mod", "choose", "sqrt"),
+    *("factorial", "pi", "sin", "cos", "tan", "log", "ln", "exp", "percent", "percentage", "pct"),
+    *("hundred", "thousand", "million", "billion", "trillion", "dozen", "half", "halves", "cent"),
+    *("third", "thirds", "quarter", "quarters"),
+}
 _WORDS = re.compile(
     r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{([A-Za-z\s.'-]+)\}"
     r"|([A-Za-z]{2,3}|[A-Za-z]{4}[A-Za-z .'-]*)"
@@ -112,13 +122,29 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
     return boxes
 
 
+def bare_answer(text: str) -> str:
+    """An answer without its full stop, currency, separators of thousands, bold face and braces."""
+    text = text.strip()
+    if text.endswith(".") and not text.endswith(r"\right."):
+        text = text[:-1].rstrip()
+    while wrapped := _WRAPPED.fullmatch(text):
+        text = wrapped[1].strip()
+    text = _CURRENCY.sub("", text).replace(r"\degree", r"^\circ").replace("°", r"^\circ")
+    return _THOUSANDS.sub("", text).replace("~", " ").strip()
+
+
 def compare_cheaply(answer: str, gold: str) -> bool | None:
     """Equality of equal strings, plain decimal numbers and words; None where it takes a parser."""
     if answer == gold:
         return True
     if max(len(answer), len(gold)) > MAX_ANSWER_CHARS:
         return False
+    answer, gold = bare_answer(answer), bare_answer(gold)
+    if answer == gold:
+        return True
     numbers = _plain_number(answer), _plain_number(gold)
+    if numbers[1] is not None and numbers[0] is None:
+        numbers = _number_of_things(answer), numbers[1]
     if None not in numbers:
         return numbers[0] == numbers[1]
     words = _words(answer), _words(gold)
@@ -127,8 +153,16 @@ def compare_cheaply(answer: str, gold: str) -> bool | None:
 
 
 def _plain_number(text: str) -> Decimal | None:
-    text = _THOUSANDS.sub("", text.strip().strip("$").strip().removeprefix(r"\$").rstrip("."))
+    text = text.strip().strip("$").strip().rstrip(".")
     return Decimal(text.replace(",", "")) if _PLAIN_NUMBER.fullmatch(text) else None
+
+
+def _number_of_things(text: str) -> Decimal | None:
+    """12 of `12 eggs` or `12 km/h`, but not of `12 million`."""
+    match = _THINGS.fullmatch(text)
+    if match is None or _NUMBER_WORDS.intersection(re.findall(r"[a-z]+", match[2].lower())):
+        return None
+    return _plain_number(match[1])
 
 
 def _words(text: str) -> str | None:
@@ -231,19 +265,20 @@ class Verifier:
         verdicts: list[Verdict] = []
         hard: dict[int, tuple[str, str]] = {}  # index -> (answer, gold), left to the workers
         for i, (answer, gold) in enumerate(zip(answers, golds, strict=True)):
-            same = None if answer is None else compare_cheaply(answer, gold.strip())
+            same = None if answer is None else compare_cheaply(answer, gold)
             if answer is not None and same is None:
-                hard[i] = (answer, gold)
+                hard[i] = bare_answer(answer), bare_answer(gold)
             outcome = "no_answer" if answer is None else "correct" if same else "wrong"
             verdicts.append(Verdict(outcome, answer))
         for i, outcome in self._ask_workers(hard).items():
-            verdicts[i] = Verdict(outcome, hard[i][0])
+            verdicts[i] = Verdict(outcome, answers[i])
         return verdicts
 
     def unreadable(self, golds: Sequence[str]) -> list[str]:
         """Gold answers that are no number, word or expression: only an equal string will do."""
-        hard = [g for g in dict.fromkeys(golds) if _plain_number(g) is None and _words(g) is None]
-        outcomes = self._ask_workers({i: (None, gold) for i, gold in enumerate(hard)})
+        bare = {gold: bare_answer(gold) for gold in golds}
+        hard = [g for g, b in bare.items() if _plain_number(b) is None and _words(b) is None]
+        outcomes = self._ask_workers({i: (None, bare[gold]) for i, gold in enumerate(hard)})
         return [gold for i, gold in enumerate(hard) if outcomes[i] != "correct"]
 
     def _ask_workers(self, items: dict[int, tuple[str | None, str]]) -> dict[int, str]:

@@ -138,6 +138,38 @@ BOMBS = [r"\boxed{9^{9^{9^9}}}", r"\boxed{100000000!}"]
         *((r"\sqrt{12}+\sqrt{27}", r"5\sqrt{3}"), (r"(1+\sqrt{2})(3-\sqrt{2})", r"1+2\sqrt{2}")),
         *(("2x+3x", "5x"), ("x^2 x^3", "x^5"), ("2^3 x", "8x"), (r"2x \le 6", r"x \le 3")),
         (r"\begin{pmatrix}1+1\\2\end{pmatrix}", r"\begin{pmatrix}2\\2\end{pmatrix}"),
+        # The text of one formula and the tree of another.
+        *(("$8 4 7$ $+$", "19"), (r"$\binom{10}{3}$ $!$", "120"), ("$12/4$ $?$", "3")),
+        *((r"$x \le 6/2$ $+$", r"x \le 3"), (r"$\frac{6}{8}$ $+$", r"\frac{3}{4}")),
+        (r"(\text{ is } \frac{76}{4}}", "19"),
+        # What the parser carries out.
+        *((r"x \approx 12/4", "3"), (r"x \approx 8 4 7", "19"), (r"x \approx \frac{6}{8}", "0.75")),
+        *(("x|_{x=12/4}", "3"), (r"(y\pi)|_{y=3^2}", r"9\pi"), (r"(x+y)\vert_{x=8}", "y+8")),
+        *(
+            ("(6/2, 6, 2)", "(3, 6, 2)"),
+            ("(4/2, 4)", "(2, 4)"),
+            ("1 1", "2"),
+            (r"\{1 1, 3\}", r"\{2,3\}"),
+        ),
+        (r"\begin{vmatrix}x&1\\1&x\end{vmatrix}", "x^2-1"),
+        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}^T", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}"),
+        # Like terms in brackets, fractions and roots.
+        *(("4(3r^3+5r-6)-6(2r^3-r^2+4r)", "6r^2-4r-24"), ("(1+2i)6-3i", "6+9i")),
+        *((r"\frac{4+6a}{5}-\frac{1+3a}{4}", r"\frac{11+9a}{20}"), ("(x^2+1)-(x-2)", "x^2-x+3")),
+        *((r"2(1+\sqrt3)+3(1-\sqrt3)", r"5-\sqrt3"), (r"\frac{2x+4}{2}", "x+2")),
+        *((r"\frac{1}{\sqrt2-1}", r"\sqrt2+1"), (r"\frac{6}{\sqrt3}", r"2\sqrt3")),
+        *((r"\sqrt{7+4\sqrt3}", r"2+\sqrt3"), (r"\frac{\sqrt6}{\sqrt2}", r"\sqrt3")),
+        *((r"\frac{12-2\sqrt3}{2}", r"6-\sqrt3"), (r"\frac{\pi}{1/9}", r"9\pi")),
+        *((r"\frac{1+\sqrt2}{\frac{1}{3-\sqrt2}}", r"1+2\sqrt2"), (r"\ln 24-\ln 2", r"\ln 12")),
+        (r"\sin\frac{5\pi}{12}", r"\frac{\sqrt6+\sqrt2}{4}"),
+        *((r"[0,3]\cup[2,5]", "[0,5]"), ("-1<x+1<4", "-2<x<3"), ("52_9", "52_8")),
+        # A number at the beginning of something else.
+        *(
+            (r"the length is 12\sqrt{5}", "12"),
+            ("The total is 12x", "12"),
+            ("there are 12! ways", "12"),
+        ),
+        *(("12 million", "12"), ("12 pi", "12"), (r"0.0000004\%", "10^{-7}")),
     ],
 )
 def test_an_expression_is_not_a_number(verifier, answer, gold):
@@ -159,6 +191,29 @@ def test_an_expression_is_not_a_number(verifier, answer, gold):
         *((r"5 \times 10^{-6}", "0.000005"), (r"\frac{7}{10}", "0.7"), ("-x > -1", "x < 1")),
         *((r"\frac{2+\sqrt{3}}{4}", r"\frac{1}{2}+\frac{\sqrt{3}}{4}"), ("6, 6", "6")),
         *(("2(x+1)", "2x+2"), (r"\frac{n(n+1)}{2}", r"\frac{n^2+n}{2}"), ("2^5", "2^{5}")),
+        *((r"\frac12\begin{pmatrix}1\\3\end{pmatrix}", r"\begin{pmatrix}1/2\\3/2\end{pmatrix}"),),
+        *((r"\mathbb{R}", r"(-\infty,\infty)"), (r"[2,\infty)", r"x \ge 2")),
+        ("y-2x=3", "y=2x+3"),
+        *(("12 eggs", "12"), ("60 dollars", "60"), ("12 km/h", "12"), ("12°", r"12^\circ")),
+        *(
+            ("36 dollars", r"\$36"),
+            (r"\(\$36\)", r"\$36"),
+            (r"\$58{,}500 \text{ dollars}", "58500"),
+        ),
+        *(("137 1/2", r"137 \frac{1}{2}"), (r"N = 10{,}080", "10080"), (r"\textbf{12}", "12")),
+        *(
+            (r"90^\circ.", r"90^\circ"),
+            (r"3\sqrt{13}.", r"3\sqrt{13}"),
+            ("Evelyn.", r"\text{Evelyn}"),
+        ),
+        *(("(3, 4].", "(3,4]"), (r"\left(3, 4\right).", "(3,4)"), ("{(3, 4)}", "(3,4)")),
+        *((r"\frac{\sqrt3}{3} \approx 0.577", r"\frac{\sqrt3}{3}"), ("3+4i", "3+4i")),
+        *((r"\frac{2}{3+\pi}", r"\frac{2}{\pi+3}"), (r"\frac{1}{2x}", r"\frac{1}{2x}")),
+        *(
+            (r"2\cos x - 1", r"2\cos(x)-1"),
+            (r"\ln 2 + 3", r"3+\ln 2"),
+            (r"\frac{x+1}{2}", "(x+1)/2"),
+        ),
         ("The answer is 12 - I hope", "12"),
     ],
 )
