@@ -81,7 +81,7 @@ _SUBSCRIPT = re.compile(r"(?<![|])_(?:\{[^{}=]*\}|\w)")
 _MIXED = re.compile(r"(\d+)\s*\\[dt]?frac\{(\d+)\}\{(\d+)\}")
 _PLAIN_MIXED = re.compile(r"(?<![\d.,/^_])(\d+)(?:\s|\\ )+(\d+)/(\d+)(?![\d.])")
 _BASE = re.compile(r"\d\s*_\s*\{?\s*(\d+)")
-_GOES_ON = re.compile(r"[A-Za-z\\^!_(]|\s*[*/^+=(]|\s*\\[A-Za-z]")
+_GOES_ON = re.compile(r"[^\W\d]|[\\^!(]|\s*[*/^+=(]|\s*\\[A-Za-z]")
 # Numbers side by side, an evaluation bar, a transpose, a determinant: the parser carries them out.
 _EAGER = re.compile(
     r"\d(?:\s|~|\\[ ,;:!]|\\q?quad)+\d|(?:[|]|\\[lr]?[vV]ert)\s*_"
@@ -321,17 +321,17 @@ def _is_undone_number(number: Mul | Pow) -> bool:
         below = [f.base for f in factors if isinstance(f, Pow) and f.exp == -1]
         written /= Mul(*(base for base in below if isinstance(base, Rational)))
         return Mul(*factors).subs(PER_CENT, 1).as_coeff_Mul()[0] != written
-    roots = sum(isinstance(node, Pow) for node in preorder_traversal(number))
-    expanded = expand(number)
-    fewer = sum(isinstance(node, Pow) for node in preorder_traversal(expanded)) < roots - len(
-        factors
-    )
-    return len(sums) > 1 or fewer
+    return len(sums) > 1 or _num_roots(expand(number)) < _num_roots(number)
+
+
+def _num_roots(number: Tree) -> int:
+    powers = (node for node in preorder_traversal(number) if isinstance(node, Pow))
+    return sum(power.exp.is_Rational and not power.exp.is_Integer for power in powers)
 
 
 def _is_undone_product(product: Mul) -> bool:
     """Several numerals, a fraction that can be reduced, or factors of one base."""
-    factors = [factor for factor in _flat(Mul, product) if factor not in (-1, PER_CENT)]
+    factors = [factor for factor in _factors(product) if factor not in (-1, PER_CENT)]
     fractions = [f for f in factors if isinstance(f, Pow) and f.exp == -1]
     above = [f for f in factors if isinstance(f, Number)]
     below = [f.base for f in fractions if isinstance(f.base, Number)]
@@ -345,6 +345,15 @@ def _is_undone_product(product: Mul) -> bool:
     others += [f for f in fractions if not isinstance(f.base, Number)]
     merged = Mul(*others).as_coeff_Mul()[1]
     return len(others) > 1 and len(Mul.make_args(merged)) < len(others)
+
+
+def _factors(product: Tree) -> list[Tree]:
+    """Those of 6x/(3y): 6, x, 1/3, 1/y."""
+    return [
+        Pow(below, -1, evaluate=False) if isinstance(factor, Pow) and factor.exp == -1 else below
+        for factor in _flat(Mul, product)
+        for below in (_flat(Mul, factor.base) if getattr(factor, "exp", 0) == -1 else [factor])
+    ]
 
 
 def _flat(kind: type, tree: Tree) -> list[Tree]:

@@ -169,7 +169,12 @@ BOMBS = [r"\boxed{9^{9^{9^9}}}", r"\boxed{100000000!}"]
             ("The total is 12x", "12"),
             ("there are 12! ways", "12"),
         ),
-        *(("12 million", "12"), ("12 pi", "12"), (r"0.0000004\%", "10^{-7}")),
+        *(
+            ("the answer is 12π", "12"),
+            ("12 million", "12"),
+            ("12 pi", "12"),
+            (r"0.0000004\%", "10^{-7}"),
+        ),
     ],
 )
 def test_an_expression_is_not_a_number(verifier, answer, gold):
