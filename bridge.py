@@ -293,6 +293,7 @@ def fill_in(args: Args) -> Preset:
         known = toy or args.teacher.startswith("Qwen/Qwen3-")
         check(known, f"there is no default student for teacher {args.teacher}; set --student")
         args.student = "toy/student" if toy else "Qwen/Qwen3-1.7B"
+    args.backend = "torch" if toy and args.backend == "auto" else args.backend
     args.dataset = args.dataset or ("toy" if toy else "open-r1/DAPO-Math-17k-Processed:all")
     args.benchmarks = args.benchmarks or (("toy",) if toy else ("math500", "aime24", "aime25"))
     if args.chat_template is None and lacks_chat_template(args.student):

@@ -370,7 +370,9 @@ def head_backward(
         mesh = weight.device_mesh
         partial = DTensor.from_local(total, mesh, [Partial()] * mesh.ndim, run_check=False)
         local = partial.redistribute(placements=weight.placements).to_local()
-        weight.grad += _like(weight, local.to(weight.to_local().device))
+        # Not DTensor.from_local: it would move an offloaded shard to the device that computes.
+        shard_grad = weight.grad.to_local()
+        shard_grad += local.to(shard_grad.device)
     hidden.backward(hidden_grad)
     return sums
 

@@ -147,6 +147,16 @@ class GrowingLayer(DynamicLayer):
         self.room = None
 
 
+def rows_that_fit(config, length: int, itemsize: int, free: int) -> int:
+    """How many sequences of `length` tokens have their caches, which grow by half, and float32
+    logits, of which there are some four at a time, in half of `free` bytes. At least 1."""
+    config = config.get_text_config()
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size * itemsize
+    return max(1, int(free / 2 / (1.5 * length * cache + 16 * config.vocab_size)))
+
+
 class TorchEngine:
     """Samples with the trained model itself, through transformers: nothing to synchronise.
 
@@ -187,7 +197,12 @@ class TorchEngine:
         """P prompts -> N = P·G rollouts, grouped. Temperature 0 is greedy, with log-probs at 1.
         `first`: the seeds are those of prompts first, first + 1, ... of a step."""
         rollouts, device = [], device_of(self.model)
-        per_batch = max(1, self.batch_size // group_size)
+        rows = self.batch_size
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            length = max(map(len, prompts), default=0) + max_new_tokens
+            rows = min(rows, rows_that_fit(self.model.config, length, self.dtype.itemsize, free))
+        per_batch = max(1, rows // group_size)
         with torch.no_grad(), gathered(self.model):
             for start in range(0, len(prompts), per_batch):
                 batch = prompts[start : start + per_batch]
@@ -290,8 +305,9 @@ def resolve_backend(args, device: torch.device) -> str:
     backend, share = args.backend, args.vllm_gpu_memory
     check(0 < share <= 1, f"--vllm_gpu_memory is {share}; it must be above 0 and at most 1")
     if backend == "auto":
-        backend = "vllm" if device.type == "cuda" and installed else "torch"
-        slow = device.type == "cuda" and not installed and not args.model.startswith("toy/")
+        # To start an engine takes longer than all the sampling of the toy.
+        on_gpu = device.type == "cuda" and not args.model.startswith("toy/")
+        backend, slow = "vllm" if on_gpu and installed else "torch", on_gpu and not installed
         install_line = f"pip install -r {install}; or insist with --backend torch"
         check(not slow, f"vLLM is missing, and without it rollouts take days: {install_line}")
     if backend == "vllm":
@@ -299,6 +315,8 @@ def resolve_backend(args, device: torch.device) -> str:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights by reference
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # shared with the trainer
+        # Else attention multiplies float32 in TF32, which the canary sees (2e-3 to 4e-3).
+        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
         version = import_module("vllm").__version__
         known = version.startswith(VLLM_VERSION)
         check(known, f"vLLM {version} is installed, 0.32.0 is needed: pip install -r {install}")
@@ -339,6 +357,7 @@ class VLLMEngine:
         if dist.is_initialized():
             own = _inside_ranks(self.num_ranks)
         share = args.vllm_gpu_memory / (num_ranks() if on_cpu else 1)  # a CPU's memory is shared
+        threads = torch.get_num_threads()
         length = args.max_prompt_tokens + args.max_new_tokens
         try:
             self.llm = LLM(
@@ -358,6 +377,7 @@ class VLLMEngine:
                 **own,
             )
             self.eos_ids = end_ids(tokenizer, model or _configs_of(name))
+            torch.set_num_threads(threads)  # vLLM leaves one: an offloaded update needs them all
             proof = self.sync() if model else None
         except Exception as error:  # of many types: too little memory, an unknown architecture ...
             sizes = "--max_prompt_tokens or --max_new_tokens"
@@ -386,11 +406,10 @@ class VLLMEngine:
         first: int = 0,
     ) -> list[Rollout]:
         """As TorchEngine's: P prompts -> N = P·G rollouts, grouped. Seeded by `seed` and prompt."""
-        if self.asleep:  # the weights of a trained engine are gone until the next sync
+        if self.asleep:  # its weights are gone until the next sync
             if self.trained:
                 raise WeightSyncError("vLLM was asked for rollouts after it slept, before a sync")
-            self.llm.wake_up()
-            self.asleep = False
+            self.sync()
         copies = group_size if temperature == 0 else 1  # vLLM decodes greedily once a prompt
         outputs = self._run(
             prompts,
@@ -434,10 +453,10 @@ class VLLMEngine:
     # --- sync ---
 
     def sleep(self) -> None:
-        """Free the GPU's memory. A trained engine forgets its weights (the next sync brings new
-        ones), a frozen one keeps them in host memory until it samples again."""
+        """Free the GPU's memory. The engine forgets its weights, and the next sync brings them:
+        level 1 would keep them in pinned host memory, beside the trainer's own model."""
         if self.can_sleep and not self.asleep:
-            self.llm.sleep(level=2 if self.trained else 1)
+            self.llm.sleep(level=2)
             self.asleep = True
 
     def sync(self) -> dict[str, float]:
@@ -463,7 +482,8 @@ class VLLMEngine:
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
-        self.llm.reset_prefix_cache()  # its entries are of the old weights
+        if not self.llm.reset_prefix_cache():
+            raise WeightSyncError("vLLM keeps prefixes that it computed with the old weights")
         proven = time.perf_counter()
         mean, largest = self.canary_difference()
         limit = CANARY_LIMIT[self.dtype]
@@ -594,7 +614,8 @@ def _inside_ranks(tensor_parallel: int) -> dict[str, object]:
     core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None  # it would end our group too
     for name in ("RANK", "LOCAL_RANK"):
         os.environ.setdefault(name, "0")  # --cpu_offload without torchrun
-    own = {"distributed_executor_backend": "external_launcher", "async_scheduling": False}
+    own = {"distributed_executor_backend": "external_launcher"}
+    own |= {"async_scheduling": False} if tensor_parallel > 1 else {}  # ranks must schedule alike
     return own | {"tensor_parallel_size": tensor_parallel}
 
 

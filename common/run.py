@@ -99,6 +99,8 @@ def start(main: Callable, args_type: type, description: str) -> None:
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, STOP.catch)
+    # Before CUDA starts. vLLM switches it off around its own pools.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     code, message = 0, ""
     try:
         main(parse(args_type, description))
@@ -204,6 +206,8 @@ def join_ranks(args) -> torch.device:
         alone = {} if launched else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
         # Ranks wait for one another's rollouts, which may take far longer than NCCL's 10 minutes.
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2), **alone)
+    if launched and trains and args.cpu_offload:  # torchrun leaves one thread for the update
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device
@@ -527,7 +531,6 @@ class Run:
         step = self._completed.step
         folder = self.folder / "checkpoints" / f"step_{step}"
         temporary = folder.with_name(folder.name + ".tmp")
-        prepare_state(optimizer)  # it may have had no gradient yet, and a load asks for all of it
         on_first_rank(lambda: shutil.rmtree(temporary, ignore_errors=True))
         with writing(folder):
             write_tensors(temporary, training_state(model, optimizer))
@@ -544,8 +547,9 @@ class Run:
 
     def restore(self, model, optimizer) -> None:
         """Model, optimizer and RNG state of the checkpoint that is resumed, if one is."""
+        # In a fresh run too: moments that are first made among activations pin the memory there.
+        prepare_state(optimizer)
         if self.checkpoint:
-            prepare_state(optimizer)
             try:
                 read_tensors(self.checkpoint, training_state(model, optimizer))
             except dcp.api.CheckpointException as error:
@@ -686,7 +690,8 @@ def training_state(model, optimizer) -> dict[str, torch.Tensor]:
 
 
 def prepare_state(optimizer) -> None:
-    """Gives parameters that AdamW has not updated yet the state that its first update would."""
+    """Give parameters that AdamW has not updated yet the state that its first update would; a load
+    asks for all of it, and a run may be saved before its first gradient."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter not in optimizer.state:

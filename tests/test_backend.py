@@ -1,6 +1,7 @@
 """What of the vLLM backend needs no vLLM: choosing it, the order of its calls, gathering weights.
 test_vllm.py has the real engine."""
 
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -54,6 +55,7 @@ def installed(monkeypatch):
         ("0.32.0", CUDA, {}, "vllm"),
         ("0.32.0+cpu", CUDA, {"backend": "torch"}, "torch"),
         (None, CUDA, {"model": "toy/teacher"}, "torch"),
+        ("0.32.0", CUDA, {"model": "toy/teacher"}, "torch"),
         (None, CUDA, {"backend": "torch"}, "torch"),
     ],
 )
@@ -89,6 +91,7 @@ class FakeLLM:
 
     def __init__(self, name, **settings):
         self.settings, self.calls, self.asleep = settings, [], set()
+        torch.set_num_threads(1)  # as vLLM does
 
     def apply_model(self, function):
         assert "weights" not in self.asleep
@@ -115,6 +118,7 @@ class FakeLLM:
 
     def reset_prefix_cache(self):
         self.calls.append("reset")
+        return True
 
     def generate(self, prompts, sampling, use_tqdm):
         assert not self.asleep
@@ -161,13 +165,47 @@ def test_a_trained_engine_that_slept_refuses_to_sample_before_a_sync(made):
         engine.generate([[5, 6]], 1, **SAMPLE)
 
 
-def test_a_frozen_engine_keeps_its_weights_asleep(made):
+def test_a_frozen_engine_gets_its_weights_back_when_it_samples(made):
+    """From the trainer's model, not from a copy in host memory; and proven again."""
     engine = made(trained=False)
     for _ in range(2):
         engine.generate([[5, 6]], 1, **SAMPLE)
         engine.sleep()
-    calls = ["generate", "sleep 1", "wake weights+kv_cache", "generate", "sleep 1"]
-    assert engine.llm.calls == ["load", "prove", "reset", *calls]
+    start_up, step = ["load", "prove", "reset"], ["generate", "sleep 2"]
+    sync = ["wake weights", "load", "prove", "wake kv_cache", "reset"]
+    assert engine.llm.calls == [*start_up, *step, *sync, *step]
+
+
+def test_a_prefix_cache_that_stays_is_an_error(made, monkeypatch):
+    engine = made()
+    monkeypatch.setattr(engine.llm, "reset_prefix_cache", lambda: False)
+    with pytest.raises(WeightSyncError, match="keeps prefixes"):
+        engine.sync()
+
+
+def test_vllm_does_not_take_the_trainers_threads(made):
+    torch.set_num_threads(2)
+    made()
+    assert torch.get_num_threads() == 2
+
+
+def test_attention_multiplies_float32_as_such(installed, monkeypatch):
+    monkeypatch.delenv("TRITON_F32_DEFAULT", raising=False)
+    installed("0.32.0")
+    resolve_backend(arguments(backend="vllm"), CPU)
+    code = "import os; print(os.environ['TRITON_F32_DEFAULT'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "ieee\n"
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_only_ranks_that_share_an_engine_schedule_in_step(monkeypatch, tensor_parallel):
+    monkeypatch.setattr(module, "num_ranks", lambda: 2)
+    core = SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "vllm.v1.engine", SimpleNamespace(core=core))
+    settings = module._inside_ranks(tensor_parallel)
+    assert settings["tensor_parallel_size"] == tensor_parallel
+    assert ("async_scheduling" in settings) == (tensor_parallel == 2)
 
 
 def test_the_engine_starts_without_weights_and_compiles(made):
@@ -294,6 +332,51 @@ if dist.get_rank() == 0:
     print("equal", len(plain))
 dist.destroy_process_group()
 """
+
+
+OFFLOADED = """
+import torch, torch.distributed as dist
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from common import logprob
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8)
+model = Qwen3ForCausalLM(Qwen3Config(vocab_size=101, tie_word_embeddings=False, **shape))
+policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+for module in (*model.model.layers, model):
+    own = {"mp_policy": policy, "offload_policy": CPUOffloadPolicy(pin_memory=False)}
+    fully_shard(module, reshard_after_forward=True, **own)
+original, moved = DTensor.from_local, []
+
+def planted(tensor, mesh, placements, **own):
+    # On a GPU this moves `tensor`, a shard of a gradient in host memory, to the device.
+    if tensor.dtype == torch.float32 and all(placement.is_shard() for placement in placements):
+        moved.append(tensor.shape)
+    return original(tensor, mesh, placements, **own)
+
+DTensor.from_local = planted
+ids, mask = torch.arange(12)[None] % 101, torch.ones(1, 12, dtype=torch.bool)
+for _ in range(2):  # the second is added to the first
+    hidden = logprob.hidden_states(model, ids, mask, torch.bfloat16)
+    loss = lambda logits: (logits.float().logsumexp(-1).sum(), {})
+    logprob.head_backward(hidden, model, loss, {}, 1.0, 5)
+head = model.get_output_embeddings().weight
+assert head.grad.to_local().device == head.to_local().device and not moved, moved
+logits = (hidden @ logprob.head_weight(model, torch.bfloat16).T).float()
+expected = 2 * logits.softmax(-1).T @ hidden.float()
+error = (head.grad.full_tensor() - expected).abs().max() / expected.abs().max()
+assert error < 0.02, error
+print("same")
+dist.destroy_process_group()
+"""
+
+
+def test_an_offloaded_gradient_stays_in_host_memory(tmp_path):
+    """DTensor.from_local moves its tensor to the mesh's device: on a GPU a crash."""
+    assert torchrun(OFFLOADED, tmp_path, ranks=1) == "same\n"
 
 
 def test_a_sharded_model_is_gathered_whole(tmp_path):

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import SAMPLED, SEED, prompt_of, prompts_of_many_lengths, tiny_model
+from transformers import Qwen3Config
 
 from common.logprob import token_logprobs
 from common.model import end_ids
@@ -15,6 +16,7 @@ from common.rollout import (
     draw,
     load_rollouts,
     rollout_metrics,
+    rows_that_fit,
     sample_and_verify,
     verify,
 )
@@ -109,6 +111,15 @@ def test_top_p_and_top_k_keep_the_likeliest(top_p, top_k, kept):
     uniforms = torch.linspace(0, 0.999, 500)
     tokens = draw(logits.expand(500, -1), uniforms, top_p, top_k)
     assert set(tokens.tolist()) == kept
+
+
+def test_a_batch_is_as_large_as_memory_takes():
+    """Qwen3-1.7B at 19,456 tokens in bfloat16: 2.2 GB of cache a sequence, and half as much."""
+    shape = {"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8}
+    config = Qwen3Config(vocab_size=151_936, hidden_size=2048, head_dim=128, **shape)
+    for free, rows in ((80e9, 11), (20e9, 2), (1e9, 1)):
+        assert rows_that_fit(config, 19_456, 2, int(free)) == rows
+    assert rows_that_fit(config, 192, 2, int(80e9)) > 512
 
 
 def test_text_and_verdicts(tokenizer):
