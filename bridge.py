@@ -49,7 +49,7 @@ from common.fingerprint import inputs_of
 from common.model import lacks_chat_template, load_tokenizer
 from common.run import FREE, ROOT, RunFailure, Stopped, UserError, check, check_ranges, start
 from memory import GB
-from report import Evaluation, write_report
+from report import Evaluation, markdown, write_report
 
 Route = Literal[
     *("cold", "full", "half", "replay", "sft_transfer", "opd_only", "sft_teacher", "raw_teacher"),
@@ -116,6 +116,8 @@ class Args:
     """longest completion"""
     dtype: Literal["float32", "bfloat16"] | None = None
     """compute type"""
+    tensor_parallel: int | None = None
+    """GPUs that share one vLLM; by itself as many as its model needs"""
     chat_template: str | None = None
     """a model whose chat template is used; by itself each model's own, or for a student without one
     the teacher's in every stage"""
@@ -280,7 +282,8 @@ class Stage:
 
 
 # Flags of bridge.py that replace a preset's value in every stage whose script has them.
-EVERYWHERE = ("max_prompt_tokens", "max_new_tokens", "dtype", "vllm_gpu_memory", "chat_template")
+EVERYWHERE = ("max_prompt_tokens", "max_new_tokens", "dtype", "vllm_gpu_memory")
+EVERYWHERE += ("tensor_parallel", "chat_template")
 TRAINING = ("num_steps", "prompts_per_step", "group_size", "micro_batch_size", "learning_rate")
 GRPO_ONLY = ("num_minibatches",)
 EVALUATION = ("num_samples", "num_problems")
@@ -353,7 +356,7 @@ class Plan:
         wiring |= {"seed": self.seed if trained else 0, "device": args.device}
         wiring |= {"backend": args.backend, "output_dir": str(folder)}
         needs = [model] if trained else []
-        settings = self.preset["evaluate"]
+        settings = dict(self.preset["evaluate"])
         stage = Stage(name, "evaluate", "evaluate.py", folder, wiring, settings, needs)
         self.stages[name] = stage
         self.evaluations.append(Evaluation(title, route, self.seed if trained else None, stage))
@@ -484,6 +487,7 @@ class Machine:
     ranks: int  # on this machine
     gpu: float | None  # memory of each GPU
     host: float
+    elsewhere: bool = False  # planned for one that has GPUs: this one's host and disk do not count
 
 
 def find_machine(args: Args) -> Machine:
@@ -494,7 +498,12 @@ def find_machine(args: Args) -> Machine:
     check(args.nnodes == 1 or args.master_addr, "--nnodes needs --master_addr of machine 0")
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     host = args.host_memory_gb * GB if args.host_memory_gb else host
-    machine = Machine(args.nproc_per_node or max(1, count), gpu, host)
+    absent = count == 0 and args.device != "cpu" and not args.teacher.startswith("toy/")
+    elsewhere = args.dry_run and absent and gpu is None
+    if elsewhere:
+        print("there is no GPU here: planned for GPUs of 80 GB (--gpu_memory_gb, --nproc_per_node)")
+        gpu, host = 80 * GB, host if args.host_memory_gb else float("inf")
+    machine = Machine(args.nproc_per_node or max(1, count), gpu, host, elsewhere)
     alone = gpu is None and args.nnodes == 1
     check(args.jobs == 1 or alone, "--jobs is for the CPU of one machine: a stage fills a GPU")
     return machine
@@ -521,13 +530,31 @@ def base_model(stage: Stage, flag: str) -> str:
     return stage.flags[flag] if source is None else base_model(source, "model")
 
 
-def fit(args: Args, machine: Machine, stages: list[Stage]) -> list[str]:
-    """Choose for each training stage what makes it fit, and say so. Returns, with the numbers, what
-    does not fit: the GPUs, the host's memory, the disk."""
-    ranks, disk, said, problems = machine.ranks * args.nnodes, 0.0, [], []
+@dataclass
+class Fit:
+    """What was found of a machine's memory: with the numbers, what does not fit; a row a training
+    stage; what was chosen, and each stage's plan."""
+
+    problems: list[str] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
+
+
+FIT_HEADER = ["stage", "model", "GPUs", "states", "update, GB", "vLLM needs, GB", "its share"]
+FIT_HEADER += ["tokens at most", "fits"]
+
+
+def fit(args: Args, machine: Machine, stages: list[Stage]) -> Fit:
+    """Choose for each stage what makes it fit."""
+    ranks, disk, found = machine.ranks * args.nnodes, 0.0, Fit()
+    said, problems = found.details, found.problems
     for stage in stages:
-        if stage.script == "evaluate.py" or stage.manifest.exists():
+        if stage.manifest.exists():
             continue
+        if stage.script == "evaluate.py":
+            problems += fit_evaluation(stage, machine)
+            continue
+        problem_count = len(problems)
         names = {
             flag: base_model(stage, flag) for flag in ("model", "teacher") if flag in stage.flags
         }
@@ -537,7 +564,7 @@ def fit(args: Args, machine: Machine, stages: list[Stage]) -> list[str]:
             said.append(f"no memory plan of {', '.join(unknown)}: no config.json that it can read")
             continue
         flags = importlib.import_module(stage.script.removesuffix(".py")).Args(**stage.flags)
-        planned, engine = smallest_change(stage, flags, shapes, ranks, machine.gpu)
+        planned, engine = smallest_change(stage, flags, shapes, ranks, machine)
         if not stage.folder.exists():
             disk += (2 * 12 + 4) * shapes["model"].params  # two checkpoints and the final model
         on_device = 0.0 if machine.gpu else planned.device
@@ -550,8 +577,8 @@ def fit(args: Args, machine: Machine, stages: list[Stage]) -> list[str]:
             )
         elif machine.gpu and engine > flags.vllm_gpu_memory * machine.gpu:
             problems.append(
-                f"{what} {engine / GB:.0f} GB of each GPU for vLLM's weights and one sequence, and "
-                f"{flags.vllm_gpu_memory * machine.gpu / GB:.0f} GB are left"
+                f"{what} {engine / GB:.0f} GB of each GPU for vLLM ({memory.SEQUENCES} sequences), "
+                f"and {flags.vllm_gpu_memory * machine.gpu / GB:.0f} GB are left"
             )
         elif on_host > machine.host:
             problems.append(
@@ -560,34 +587,71 @@ def fit(args: Args, machine: Machine, stages: list[Stage]) -> list[str]:
             )
         elif machine.gpu:
             said.append(choose(stage, flags, planned, machine, ranks))
+        fits = "yes" if len(problems) == problem_count else "NO"
+        place = f"host, {planned.host * machine.ranks / GB:.0f} GB" if flags.cpu_offload else "GPU"
+        cells = [stage.name, names["model"], str(ranks), place if machine.gpu else "host"]
+        cells += [f"{update / GB:.0f}", f"{engine / GB:.0f}", f"{flags.vllm_gpu_memory:.0%}"]
+        found.rows.append([*cells, f"{most_tokens(stage)[1]:,}", fits])
         if args.dry_run:
             title = f"# memory of {stage.kind} of {names['model']}, GB for each of {ranks} ranks"
             said.append(f"\n{title}: computed\n{planned.table(machine.gpu)}")
     folder = next(f for f in (Path(args.output_dir) / "x").absolute().parents if f.exists())
     free = shutil.disk_usage(folder).free
-    if disk > free:
+    if disk > free and not machine.elsewhere:
         problems.append(
             f"checkpoints and final models need {disk / GB:.0f} GB of disk, and {folder} has "
             f"{free / GB:.0f} GB"
         )
-    for line in dict.fromkeys(said):
-        print(line)
-    return list(dict.fromkeys(problems))
+    found.problems = list(dict.fromkeys(problems))
+    return found
+
+
+def fit_evaluation(stage: Stage, machine: Machine) -> list[str]:
+    """Let as many GPUs share a vLLM as its model needs; what does not fit even so."""
+    shape = memory.shape_of(base_model(stage, "model"))
+    if machine.gpu is None or shape is None:
+        return []
+    flags = importlib.import_module("evaluate").Args(**stage.flags)
+    if flags.backend == "torch":
+        return []
+    room = flags.vllm_gpu_memory * machine.gpu
+    engine = share_engine(stage, flags, shape, machine, room)
+    if flags.tensor_parallel > 1 and "tensor_parallel" not in stage.settings:
+        stage.settings["tensor_parallel"] = ours(flags.tensor_parallel, "so that it fits")
+    if engine <= room:
+        return []
+    needs = f"{engine / GB:.0f} GB of each GPU for vLLM, and {room / GB:.0f} GB are left"
+    return [f"{stage.name} needs {needs}"]
+
+
+def share_engine(
+    stage: Stage, flags, sampled: memory.Shape, machine: Machine, room: float
+) -> float:
+    """Set tensor_parallel to the fewest GPUs of a machine whose parts of vLLM fit in `room` bytes,
+    or to what the user has set. Returns the bytes that it needs of each."""
+    given = stage.settings.get("tensor_parallel")
+    counts = [n for n in (1, 2, 4, 8, 16) if n <= machine.ranks and machine.ranks % n == 0]
+    for flags.tensor_parallel in [given.value] if given else counts:
+        engine = memory.smallest_engine(flags, sampled)
+        if engine <= room:
+            break
+    return engine
 
 
 def smallest_change(
-    stage: Stage, flags, shapes: dict, ranks: int, gpu: float | None
+    stage: Stage, flags, shapes: dict, ranks: int, machine: Machine
 ) -> tuple[memory.Plan, float]:
-    """Sets micro_batch_size and cpu_offload of a trainer's Args to the first that fit (neither
-    changes a result; the second is much slower), and gives vLLM the rest of the GPU. What the user
-    has set stays. Returns the plan, and the bytes that vLLM needs at least."""
+    """Sets micro_batch_size, cpu_offload and tensor_parallel of a trainer's Args to the first that
+    fit (none changes a result; the second is much slower), and gives vLLM the rest of the GPU. What
+    the user has set stays. Returns the plan, and the bytes that vLLM needs at least."""
+    gpu = machine.gpu
     model, teacher = shapes["model"], shapes.get("teacher")
     frozen = [model] if getattr(flags, "kl_coef", 0) > 0 else [teacher] if teacher else []
     sampled = teacher if hasattr(flags, "correct_only") else model
     planned = memory.plan(flags, model, frozen, sampled, ranks, gpu)
     if gpu is None:
         return planned, 0.0
-    engine = 0.0 if flags.backend == "torch" else memory.smallest_engine(flags, sampled)
+    engine = 0.0
     given = {name for name, s in stage.settings.items() if s.source == "command line"}
     micro = flags.micro_batch_size
     smaller = (micro,) if "micro_batch_size" in given else (micro, 1)
@@ -596,16 +660,19 @@ def smallest_change(
         if "vllm_gpu_memory" not in given:
             kept = sum(i.size for i in planned.items if i.where == "device" and i.phase == "always")
             flags.vllm_gpu_memory = round(max(0.05, min(0.85, USABLE - kept / gpu)), 2)
-        fits = planned.peak("update") <= USABLE * gpu
-        if fits and engine <= flags.vllm_gpu_memory * gpu:
+        room = flags.vllm_gpu_memory * gpu
+        if flags.backend != "torch":
+            engine = share_engine(stage, flags, sampled, machine, room)
+        if planned.peak("update") <= USABLE * gpu and engine <= room:
             break
     return memory.plan(flags, model, frozen, sampled, ranks, gpu), engine
 
 
 def choose(stage: Stage, flags, planned: memory.Plan, machine: Machine, ranks: int) -> str:
     """Put what was found to fit into the stage's command, and say so."""
-    for name in ("vllm_gpu_memory", "micro_batch_size", "cpu_offload"):
-        given = stage.settings.get(name, Setting(False, "ours"))
+    for name in ("vllm_gpu_memory", "micro_batch_size", "cpu_offload", "tensor_parallel"):
+        default = type(flags).__dataclass_fields__[name].default
+        given = stage.settings.get(name, Setting(default, "ours"))
         if getattr(flags, name) != given.value and given.source != "command line":
             stage.settings[name] = ours(getattr(flags, name), "so that it fits")
     place = "host memory, since the GPU is too small" if flags.cpu_offload else "the GPU"
@@ -614,7 +681,7 @@ def choose(stage: Stage, flags, planned: memory.Plan, machine: Machine, ranks: i
         f"{stage.kind} on {ranks} GPU(s) of {machine.gpu / GB:.0f} GB: weights, gradients and "
         f"optimizer in {place}{host}; micro-batches of {flags.micro_batch_size}; "
         f"{planned.peak('update') / GB:.0f} GB in the update; vLLM takes "
-        f"{stage.flags['vllm_gpu_memory']:.0%} while it samples (computed, not measured)"
+        f"{flags.vllm_gpu_memory:.0%} of {flags.tensor_parallel} GPU(s) while it samples (computed)"
     )
 
 
@@ -636,14 +703,19 @@ def print_plan(stages: list[Stage], preset: Preset) -> None:
 
 
 def print_budget(stages: list[Stage]) -> None:
-    """The most tokens that each training stage can generate."""
+    """What the training stages can generate at most."""
     print("\n# token budget: at most")
     for stage in stages:
         if stage.script != "evaluate.py":
-            flags = {"max_new_tokens": 64} | stage.flags
-            rollouts = flags["num_steps"] * flags["prompts_per_step"] * flags["group_size"]
-            tokens = rollouts * flags["max_new_tokens"]
+            rollouts, tokens = most_tokens(stage)
             print(f"{stage.name:22} {rollouts:>11,} completions {tokens:>18,} tokens")
+
+
+def most_tokens(stage: Stage) -> tuple[int, int]:
+    """Completions and tokens that a training stage can generate."""
+    flags = {"max_new_tokens": 64} | stage.flags
+    rollouts = flags["num_steps"] * flags["prompts_per_step"] * flags["group_size"]
+    return rollouts, rollouts * flags["max_new_tokens"]
 
 
 # === run ===
@@ -779,7 +851,11 @@ def main(args: Args) -> None:
     check_folder(Path(args.output_dir))
     machine = find_machine(args)
     launch_with(args, machine, stages)
-    problems = fit(args, machine, stages)
+    found = fit(args, machine, stages)
+    problems = found.problems
+    if args.dry_run and found.rows:
+        print(f"\n{markdown(FIT_HEADER, found.rows)}\n(for each GPU; computed, not measured)\n")
+    print("".join(f"{line}\n" for line in dict.fromkeys(found.details)), end="")
     if args.dry_run:
         print_plan(stages, preset)
         print_budget(stages)

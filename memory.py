@@ -22,9 +22,12 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 from common.model import model_path
+from common.rollout import MAX_NUM_SEQS, batched_tokens
 from common.run import check
 
 GB = 1e9
+GRAPHS = 1 * GB  # vLLM's CUDA graphs: an allowance too
+SEQUENCES = 16  # whole ones in vLLM's cache: with fewer it samples one after the other
 FIXED = 2 * GB  # CUDA context, communication buffers, fragmentation: an allowance, not measured
 
 # hidden, layers, heads, key-value heads, intermediate, tied: for a plan without the network.
@@ -211,10 +214,17 @@ def plan(
 
 
 def smallest_engine(args, sampled: Shape) -> float:
-    """Bytes that vLLM needs of each GPU: its share of the weights and of one sequence's cache."""
+    """Bytes that vLLM needs of each GPU: its part of the weights, of the cache of SEQUENCES whole
+    ones and of its longest forward pass, buffers of its sampler, and CUDA graphs."""
     c = {"float32": 4, "bfloat16": 2}[args.dtype]
     length = args.max_prompt_tokens + args.max_new_tokens
-    return c * (sampled.params + length * sampled.layers * sampled.kv) / args.tensor_parallel
+    cache = SEQUENCES * length * sampled.layers * sampled.kv
+    forward = batched_tokens(args) * (2 * sampled.inner + sampled.qk)
+    parted = c * (sampled.params + cache + forward) / args.tensor_parallel
+    residual = 4 * c * batched_tokens(args) * sampled.hidden
+    # Logits, probabilities and log-probs in float32, and counts in int32.
+    sampler = 4 * 4 * MAX_NUM_SEQS * sampled.vocab
+    return parted + residual + sampler + GRAPHS
 
 
 def print_plan(args, trained: str, frozen: Sequence[str], sampled: str) -> None:

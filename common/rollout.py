@@ -289,6 +289,8 @@ class TorchEngine:
 
 # === vLLM ===
 
+MAX_NUM_SEQS = 256  # that it decodes at once: its own default on large GPUs is 1,024, and a buffer
+# of the sampler takes so many times the vocabulary
 VLLM_VERSION = "0.32."  # the calls below are its calls
 # Of the mean |log-prob difference|. bfloat16 rounds a logit of 16 to 32 by up to 0.06, on both
 # sides: 0.04 was seen of a healthy SmolLM2-135M.
@@ -331,6 +333,11 @@ def make_engine(backend: str, model, tokenizer, prompts: list[Prompt], args):
     return VLLMEngine(model.name_or_path, tokenizer, args, model, [p.ids for p in prompts[:4]])
 
 
+def batched_tokens(args) -> int:
+    """Tokens of a vLLM forward pass at most: one whole sequence, and not few."""
+    return max(args.max_prompt_tokens + args.max_new_tokens, 8192)
+
+
 class VLLMEngine:
     """Samples with vLLM, in this process, from `model`'s weights; without a model, from a folder's.
 
@@ -366,7 +373,8 @@ class VLLMEngine:
                 load_format="auto" if model is None else "dummy",
                 dtype=args.dtype,
                 max_model_len=length,
-                max_num_batched_tokens=max(length, 8192),
+                max_num_seqs=MAX_NUM_SEQS,
+                max_num_batched_tokens=batched_tokens(args),
                 enable_chunked_prefill=not on_cpu,  # it breaks the seeds of a CPU's samples
                 gpu_memory_utilization=share,
                 enforce_eager=args.enforce_eager,

@@ -101,7 +101,7 @@ def start(main: Callable, args_type: type, description: str) -> None:
         signal.signal(number, STOP.catch)
     # Before CUDA starts. vLLM switches it off around its own pools.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    code, message = 0, ""
+    code, message, launched = 0, "", "WORLD_SIZE" in os.environ
     try:
         main(parse(args_type, description))
     except UserError as error:
@@ -120,8 +120,9 @@ def start(main: Callable, args_type: type, description: str) -> None:
     if num_ranks() > 1:  # a group of one may be vLLM's own, which it ends itself
         dist.barrier()  # a rank that closes its connections early takes the others down
         dist.destroy_process_group()
+    if launched or dist.is_initialized():
         sys.stdout.flush()
-        os._exit(0)  # its threads were seen to abort the interpreter's own way out
+        os._exit(0)  # a group's threads were seen to abort the interpreter's own way out
 
 
 def parse(args_type: type, description: str):

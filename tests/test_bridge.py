@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import socket
+from types import SimpleNamespace
 
 import pytest
 from test_scripts import run
@@ -147,8 +148,41 @@ def test_what_the_user_has_set_is_what_is_planned(capsys):
     assert "micro-batches of 1" not in printed
     assert re.search(r"this would not run: .* needs \d+ GB on each of 1 GPUs", printed)
     large = QWEN | {"teacher": "Qwen/Qwen3-32B"}
-    bridge.main(bridge.Args(**large, **gpu | {"gpu_memory_gb": 60.0, "nproc_per_node": 8}))
-    assert "for vLLM's weights and one sequence" in capsys.readouterr().out
+    eight = gpu | {"gpu_memory_gb": 60.0, "nproc_per_node": 8}
+    bridge.main(bridge.Args(**large, **eight, tensor_parallel=1))
+    printed = capsys.readouterr().out
+    assert re.search(r"needs \d+ GB of each GPU for vLLM \(16 sequences\)", printed)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_without_a_gpu_the_plan_is_for_one_of_80_gb_and_begins_with_a_table(capsys, monkeypatch):
+    monkeypatch.setattr(bridge.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1e9))
+    bridge.main(bridge.Args(**QWEN))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("there is no GPU here: planned for GPUs of 80 GB")
+    header, _, *rows = [line.split("|")[1:-1] for line in lines[1:9] if line.startswith("|")]
+    assert [cell.strip() for cell in header] == bridge.FIT_HEADER
+    names = ["teacher_grpo", "fkl_warmup", "opd", "student_grpo", "cold"]
+    assert [row[0].strip() for row in rows] == names
+    assert all(row[-1].strip() == "yes" for row in rows)
+    assert "host, 147 GB" in rows[0][3]
+    assert "would not run" not in "".join(lines)  # this machine's memory and disk do not count
+
+
+@pytest.mark.usefixtures("no_network")
+def test_gpus_share_a_vllm_that_one_cannot_hold(capsys):
+    """Qwen3-32B: 66 GB of weights, and 16 sequences of 19,456 tokens take 82 GB."""
+    eight = {"gpu_memory_gb": 80.0, "host_memory_gb": 999.0, "nproc_per_node": 8}
+    large = QWEN | {"teacher": "Qwen/Qwen3-32B"}
+    bridge.main(bridge.Args(**large, **eight))
+    printed = capsys.readouterr().out
+    commands = [line for line in printed.splitlines() if line.startswith("torchrun ")]
+    shared = [line for line in commands if "--tensor_parallel" in line]
+    assert any(" grpo.py " in line and "--model Qwen/Qwen3-32B" in line for line in shared)
+    assert any(" evaluate.py " in line and "--model Qwen/Qwen3-32B" in line for line in shared)
+    assert not any("evaluate.py --model Qwen/Qwen3-1.7B " in line for line in shared)
+    bridge.main(bridge.Args(**large, **eight, tensor_parallel=8))
+    assert "--tensor_parallel 8" in capsys.readouterr().out
 
 
 def test_the_workflow_under_two_ranks(tmp_path):
