@@ -104,8 +104,8 @@ class Args:
     """prompts per step"""
     group_size: int | None = None
     """completions per prompt"""
-    micro_batch_size: int | None = None
-    """sequences per forward and backward"""
+    micro_batch_tokens: int | None = None
+    """tokens per forward and backward, padding included"""
     learning_rate: float | None = None
     """AdamW's peak rate"""
     num_minibatches: int | None = None
@@ -158,7 +158,7 @@ Preset = dict[str, dict[str, Setting]]  # kind of stage -> flag -> setting
 TOY_SHARED = {
     "prompts_per_step": ours(12, "40 steps are one epoch of 1H"),
     "group_size": ours(16),
-    "micro_batch_size": ours(32, "small matrices stay in a processor's cache"),
+    "micro_batch_tokens": ours(2048, "small matrices stay in a processor's cache"),
 }
 TOY_GRPO = TOY_SHARED | {
     "warmup_steps": ours(10),
@@ -195,7 +195,7 @@ REAL_GRPO = REAL_SHARED | {
     "group_size": scripts(8),
     "temperature": scripts(1.0),
     "max_prompt_tokens": paper(3072),
-    "micro_batch_size": paper(1),
+    "micro_batch_tokens": paper(3072 + 16384, "its 1 sequence, at full length"),
     "max_grad_norm": paper(1.0),
     "clip_low": paper(0.2),
     "clip_high": paper(0.2),
@@ -206,7 +206,7 @@ REAL_TRANSFER = REAL_SHARED | {
     "group_size": paper(8),
     "temperature": paper(1.0),
     "max_prompt_tokens": paper(2048),
-    "micro_batch_size": paper(4),
+    "micro_batch_tokens": paper(4 * (2048 + 16384), "its 4 sequences, at full length"),
 }
 REAL: Preset = {
     "teacher_grpo": REAL_GRPO,
@@ -284,7 +284,7 @@ class Stage:
 # Flags of bridge.py that replace a preset's value in every stage whose script has them.
 EVERYWHERE = ("max_prompt_tokens", "max_new_tokens", "dtype", "vllm_gpu_memory")
 EVERYWHERE += ("tensor_parallel", "chat_template")
-TRAINING = ("num_steps", "prompts_per_step", "group_size", "micro_batch_size", "learning_rate")
+TRAINING = ("num_steps", "prompts_per_step", "group_size", "micro_batch_tokens", "learning_rate")
 GRPO_ONLY = ("num_minibatches",)
 EVALUATION = ("num_samples", "num_problems")
 
@@ -641,8 +641,8 @@ def share_engine(
 def smallest_change(
     stage: Stage, flags, shapes: dict, ranks: int, machine: Machine
 ) -> tuple[memory.Plan, float]:
-    """Sets micro_batch_size, cpu_offload and tensor_parallel of a trainer's Args to the first that
-    fit (none changes a result; the second is much slower), and gives vLLM the rest of the GPU. What
+    """Set micro_batch_tokens, cpu_offload and tensor_parallel of a trainer's Args to the first that
+    fit (none changes a result; the second is much slower), and give vLLM the rest of the GPU. What
     the user has set stays. Returns the plan, and the bytes that vLLM needs at least."""
     gpu = machine.gpu
     model, teacher = shapes["model"], shapes.get("teacher")
@@ -653,9 +653,10 @@ def smallest_change(
         return planned, 0.0
     engine = 0.0
     given = {name for name, s in stage.settings.items() if s.source == "command line"}
-    micro = flags.micro_batch_size
-    smaller = (micro,) if "micro_batch_size" in given else (micro, 1)
-    for flags.cpu_offload, flags.micro_batch_size in product((False, True), smaller):
+    micro = flags.micro_batch_tokens
+    one = min(micro, flags.max_prompt_tokens + flags.max_new_tokens)  # sequence of full length
+    smaller = (micro,) if "micro_batch_tokens" in given else (micro, one)
+    for flags.cpu_offload, flags.micro_batch_tokens in product((False, True), smaller):
         planned = memory.plan(flags, model, frozen, sampled, ranks, gpu)
         if "vllm_gpu_memory" not in given:
             kept = sum(i.size for i in planned.items if i.where == "device" and i.phase == "always")
@@ -670,7 +671,7 @@ def smallest_change(
 
 def choose(stage: Stage, flags, planned: memory.Plan, machine: Machine, ranks: int) -> str:
     """Put what was found to fit into the stage's command, and say so."""
-    for name in ("vllm_gpu_memory", "micro_batch_size", "cpu_offload", "tensor_parallel"):
+    for name in ("vllm_gpu_memory", "micro_batch_tokens", "cpu_offload", "tensor_parallel"):
         default = type(flags).__dataclass_fields__[name].default
         given = stage.settings.get(name, Setting(default, "ours"))
         if getattr(flags, name) != given.value and given.source != "command line":
@@ -679,7 +680,7 @@ def choose(stage: Stage, flags, planned: memory.Plan, machine: Machine, ranks: i
     host = f" ({planned.host * machine.ranks / GB:.0f} GB)" if flags.cpu_offload else ""
     return (
         f"{stage.kind} on {ranks} GPU(s) of {machine.gpu / GB:.0f} GB: weights, gradients and "
-        f"optimizer in {place}{host}; micro-batches of {flags.micro_batch_size}; "
+        f"optimizer in {place}{host}; micro-batches of {flags.micro_batch_tokens:,} tokens; "
         f"{planned.peak('update') / GB:.0f} GB in the update; vLLM takes "
         f"{flags.vllm_gpu_memory:.0%} of {flags.tensor_parallel} GPU(s) while it samples (computed)"
     )

@@ -1,7 +1,7 @@
 """How much memory a run needs, computed from the models' configs before anything is loaded.
 
 Every number is of one rank, in bytes. What is counted, with P parameters, R ranks, c bytes of the
-compute type (4 or 2), B sequences of T tokens in a micro-batch, D hidden, V vocabulary:
+compute type (4 or 2), T tokens of a micro-batch, D hidden, V vocabulary:
 
     weights, gradients, optimizer    4 P / R, 4 P / R, 8 P / R; in host memory with --cpu_offload
     frozen models                    c P / R each
@@ -185,7 +185,7 @@ def plan(
         gradients = (c + 4) * max(trained.layer, trained.vocab * trained.hidden)
         items.append(Item("gradients of a gathered layer", gradients, phase="update"))
     length = args.max_prompt_tokens + args.max_new_tokens
-    tokens = args.micro_batch_size * length
+    tokens = max(length, args.micro_batch_tokens)
     per_layer = trained.activations(c)
     kept = per_layer * trained.layers
     if args.activation_checkpointing:
@@ -195,7 +195,7 @@ def plan(
     head = trained.vocab * trained.hidden
     copy = (4 + c) * head if sharded else 0
     copy += sum(c * s.vocab * s.hidden for s in frozen if sharded)
-    chunk = min(args.chunk_size, args.micro_batch_size * args.max_new_tokens)
+    chunk = min(args.chunk_size, tokens)
     # OPD and FKL hold float32 log-probs of student and teacher, and their gradients.
     logits = chunk * trained.vocab * (2 * c if hasattr(args, "kl_coef") else 3 * c + 24)
     items.append(Item("head: copies, gradient, chunk of logits", copy + logits, phase="update"))

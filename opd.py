@@ -20,7 +20,7 @@ V vocabulary, D hidden size.
     python opd.py                                         # the toy student and teacher, on a CPU
     python opd.py --model Qwen/Qwen3-1.7B --teacher runs/grpo-8B/final \
         --dataset open-r1/DAPO-Math-17k-Processed:all --dtype bfloat16 --learning_rate 1e-6 \
-        --max_prompt_tokens 2048 --max_new_tokens 4096 --micro_batch_size 1 \
+        --max_prompt_tokens 2048 --max_new_tokens 4096 --micro_batch_tokens 8192 \
         --output_dir runs/opd-1.7B                                                    # on a GPU
 """
 
@@ -160,8 +160,8 @@ class Args:
     """gradient clipping"""
     skip_nonfinite: bool = False
     """leave out updates with a loss or gradient that is not finite, instead of stopping"""
-    micro_batch_size: int = 64
-    """sequences per forward and backward"""
+    micro_batch_tokens: int = 4096
+    """tokens per forward and backward, padding included; a longer sequence goes alone"""
     chunk_size: int = 2048
     """tokens per chunk of the head"""
 
@@ -255,17 +255,23 @@ class MicroBatch:
     tokens: torch.Tensor  # [N]: the loss tokens
 
 
-def micro_batches(rollouts: list[Rollout], size: int, device: torch.device) -> Iterator[MicroBatch]:
-    """Slices of like length. Masks go by length, so EOS keeps its loss where pad equals EOS.
+def micro_batches(
+    rollouts: list[Rollout], max_tokens: int, device: torch.device
+) -> Iterator[MicroBatch]:
+    """Slices of like length, of at most `max_tokens` tokens with their padding, or of one sequence.
+    Masks go by length, so EOS keeps its loss where pad equals EOS.
 
     All ranks yield equally many, for a sharded model's forward and backward need all of them: the
     last ones of a rank may have no rollouts (B = 1, T = 1, N = 0).
     """
-    rollouts = sorted(rollouts, key=lambda row: len(row.prompt_ids) + len(row.completion_ids))
-    slices = [rollouts[first : first + size] for first in range(0, len(rollouts), size)]
+    slices: list[list[Rollout]] = []
+    for row in sorted(rollouts, key=lambda row: len(row.prompt_ids) + len(row.completion_ids)):
+        length = len(row.prompt_ids) + len(row.completion_ids) - 1  # the last predicts nothing
+        if not slices or (len(slices[-1]) + 1) * length > max_tokens:
+            slices.append([])
+        slices[-1].append(row)
     slices += [[]] * (max_over_ranks(len(slices)) - len(slices))
     for rows in slices:
-        # The last token predicts nothing.
         inputs = [(row.prompt_ids + row.completion_ids)[:-1] for row in rows]
         input_ids = torch.zeros(max(1, len(rows)), max(map(len, inputs), default=1)).long()
         mask = torch.zeros(input_ids.shape, dtype=torch.bool)
@@ -289,7 +295,7 @@ def backward(model, teacher, rollouts: list[Rollout], args: Args) -> dict[str, f
         return loss_fn(logits, teacher_hidden @ teacher_head.T, tokens, args)
 
     sums = {"loss": 0.0}
-    for batch in micro_batches(rollouts, args.micro_batch_size, logprob.device_of(model)):
+    for batch in micro_batches(rollouts, args.micro_batch_tokens, logprob.device_of(model)):
         hidden = logprob.hidden_states(model, batch.input_ids, batch.mask, dtype)
         inputs = {"teacher_hidden": score(teacher, batch, args), "tokens": batch.tokens}
         head_sums = logprob.head_backward(

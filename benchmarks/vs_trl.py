@@ -112,7 +112,7 @@ def run_ours(args: Args) -> dict[str, list[float]]:
             prompts_per_step=case.prompts,
             group_size=case.group_size,
             max_new_tokens=case.max_new_tokens,
-            micro_batch_size=case.micro_batch_size,
+            micro_batch_tokens=case.micro_batch_size * (128 + case.max_new_tokens),
             chunk_size=case.chunk_size,
             num_steps=args.steps + 1,
             learning_rate=1e-6,

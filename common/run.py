@@ -60,7 +60,7 @@ def check(condition: bool, message: str) -> None:
 
 POSITIVE = (
     *("num_steps", "prompts_per_step", "group_size", "max_new_tokens", "max_prompt_tokens"),
-    *("temperature", "learning_rate", "max_grad_norm", "micro_batch_size", "chunk_size"),
+    *("temperature", "learning_rate", "max_grad_norm", "micro_batch_tokens", "chunk_size"),
     *("num_epochs", "num_minibatches", "keep_checkpoints", "topk_size"),
     *("num_problems", "num_samples", "jobs", "gpu_memory_gb"),
 )
@@ -382,7 +382,7 @@ def machine() -> str:
 # These say how a run is watched, not what it computes: they may differ when it is resumed.
 FREE = {"environment", "output_dir", "track", "checkpoint_every", "keep_checkpoints"}
 FREE |= {"skip_nonfinite", "vllm_gpu_memory", "enforce_eager", "cpu_offload"}
-FREE |= {"activation_checkpointing", "tensor_parallel", "gpu_memory_gb", "micro_batch_size"}
+FREE |= {"activation_checkpointing", "tensor_parallel", "gpu_memory_gb", "micro_batch_tokens"}
 
 
 def claim_folder(folder: Path, config: dict[str, object]) -> dict[str, object]:

@@ -143,9 +143,9 @@ def test_several_gpus_and_machines_are_launched_by_torchrun(capsys):
 
 def test_what_the_user_has_set_is_what_is_planned(capsys):
     gpu = {"gpu_memory_gb": 80.0, "host_memory_gb": 999.0, "nproc_per_node": 1}
-    bridge.main(bridge.Args(**QWEN, **gpu, micro_batch_size=8))
+    bridge.main(bridge.Args(**QWEN, **gpu, micro_batch_tokens=8 * 19_456))
     printed = capsys.readouterr().out
-    assert "micro-batches of 1" not in printed
+    assert settings_of(printed, "teacher_grpo")["micro_batch_tokens"] == str(8 * 19_456)
     assert re.search(r"this would not run: .* needs \d+ GB on each of 1 GPUs", printed)
     large = QWEN | {"teacher": "Qwen/Qwen3-32B"}
     eight = gpu | {"gpu_memory_gb": 60.0, "nproc_per_node": 8}

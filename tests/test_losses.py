@@ -177,7 +177,7 @@ def test_groups_that_all_agree_leave_no_gradient(model, rollouts):
 
 def test_old_logprobs_are_the_rollouts_own(model, rollouts):
     """Same weights: the log-probs of a second pass are those that were sampled with."""
-    args = grpo.Args(micro_batch_size=3)
+    args = grpo.Args(micro_batch_tokens=60)
     grpo.set_old_logprobs(model, rollouts, args)
     for rollout in rollouts:
         torch.testing.assert_close(rollout.old_logprobs, rollout.logprobs, atol=1e-5, rtol=1e-4)
@@ -314,8 +314,8 @@ def run_backward(module, model, frozen, rollouts, **changes):
 def test_micro_batch_and_chunk_size_do_not_matter(tokenizer, teacher, rollouts, module, tied):
     model = tiny_model(tokenizer, tie_word_embeddings=tied)
     whole, expected = run_backward(module, model, teacher, rollouts)
-    for micro_batch_size, chunk_size in [(1, 4096), (3, 5), (7, 1), (64, 17)]:
-        sizes = {"micro_batch_size": micro_batch_size, "chunk_size": chunk_size}
+    for micro_batch_tokens, chunk_size in [(1, 4096), (60, 5), (150, 1), (4096, 17)]:
+        sizes = {"micro_batch_tokens": micro_batch_tokens, "chunk_size": chunk_size}
         metrics, actual = run_backward(module, model, teacher, rollouts, **sizes)
         assert metrics == pytest.approx(whole, rel=1e-4, abs=1e-6)
         assert actual.keys() == expected.keys() == dict(model.named_parameters()).keys()
@@ -375,7 +375,7 @@ def test_every_row_of_the_head_buffer_is_added_to_not_replaced():
 @pytest.mark.parametrize("module", [grpo, opd, fkl_warmup])
 def test_the_loss_tokens_are_the_completions(rollouts, module):
     """EOS included, nothing of a prompt, each predicted from the position before it."""
-    for batch in module.micro_batches(rollouts, 3, torch.device("cpu")):
+    for batch in module.micro_batches(rollouts, 60, torch.device("cpu")):
         expected = [token for rollout in batch.rollouts for token in rollout.completion_ids]
         assert batch.tokens.tolist() == expected
         assert int(batch.mask.sum()) == len(expected)
@@ -392,12 +392,30 @@ def test_the_loss_tokens_are_the_completions(rollouts, module):
 
 
 @pytest.mark.parametrize("module", [grpo, opd, fkl_warmup])
+def test_micro_batches_hold_no_more_tokens_than_they_may(rollouts, module):
+    """Short sequences share one; one that is too long goes alone."""
+    lengths = [len(r.prompt_ids) + len(r.completion_ids) - 1 for r in rollouts]
+    for most in (1, 20, 60, 150, 10**6):
+        batches = list(module.micro_batches(rollouts, most, torch.device("cpu")))
+        assert sorted(id(r) for b in batches for r in b.rollouts) == sorted(map(id, rollouts))
+        for batch, following in zip(batches, [*batches[1:], None], strict=True):
+            count, longest = batch.input_ids.shape
+            assert count * longest <= most or count == 1
+            if following is not None:  # no room for the next one
+                first = following.rollouts[0]
+                length = len(first.prompt_ids) + len(first.completion_ids) - 1
+                assert (count + 1) * length > most
+    assert len(batches) == 1
+    assert batches[0].input_ids.shape == (len(rollouts), max(lengths))
+
+
+@pytest.mark.parametrize("module", [grpo, opd, fkl_warmup])
 def test_eos_keeps_its_loss_where_pad_is_eos(rollouts, tokenizer, module):
     """Masking by `token != pad` would drop these, and the model would forget how to stop."""
     eos = tokenizer.eos_token_id
     for rollout in rollouts:
         rollout.completion_ids[-1] = eos
-    batches = list(module.micro_batches(rollouts, 8, torch.device("cpu")))
+    batches = list(module.micro_batches(rollouts, 150, torch.device("cpu")))
     assert sum(int((batch.tokens == eos).sum()) for batch in batches) >= len(rollouts)
 
 

@@ -71,7 +71,11 @@ print(peak() - before)
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_plan_is_within_15_percent_of_the_measured_peak(name):
     count, prompt, completion, again = BATCHES[name]
-    flags = {"max_prompt_tokens": prompt, "max_new_tokens": completion, "micro_batch_size": count}
+    flags = {
+        "max_prompt_tokens": prompt,
+        "max_new_tokens": completion,
+        "micro_batch_tokens": count * (prompt + completion),
+    }
     flags |= {"kl_coef": 0.0, "chunk_size": 512, "activation_checkpointing": again}
     sizes = (count, prompt, completion)
     done = subprocess.run(
@@ -114,7 +118,7 @@ def test_a_config_that_it_cannot_read_has_no_plan_and_runs_no_code(tmp_path, con
 def plan_of(name: str, ranks: int, **flags) -> memory.Plan:
     shape = memory.shape_of(name)
     own = {"dtype": "bfloat16", "max_prompt_tokens": 3072, "max_new_tokens": 16384}
-    own |= {"micro_batch_size": 1, "activation_checkpointing": True, "chunk_size": 1024}
+    own |= {"micro_batch_tokens": 1, "activation_checkpointing": True, "chunk_size": 1024}
     args = grpo.Args(**own | flags)
     return memory.plan(args, shape, [shape], shape, ranks, gpu_memory=80e9)
 

@@ -17,7 +17,12 @@ from common.run import ROOT
 
 SIZES = ["--prompts_per_step", "5", "--group_size", "4", "--max_new_tokens", "24"]
 STEPS = ["--num_steps", "5", "--warmup_steps", "1", "--checkpoint_every", "2"]
-SMALL = [*SIZES, *STEPS, "--micro_batch_size", "3"]  # 12 and 8 sequences: 4 and 3 micro-batches
+SMALL = [
+    *SIZES,
+    *STEPS,
+    "--micro_batch_tokens",
+    "150",
+]  # some 4 and 3 micro-batches of 12 and 8 sequences
 TRAINERS = {
     # Groups that agree are redrawn, and cost no update: ranks have unequal work everywhere.
     "grpo": [

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 BACKENDS = ["torch", *(["vllm"] if find_spec("vllm") else [])]
 FLAGS = "--dtype bfloat16 --learning_rate 3e-5 --warmup_steps 0 --temperature 0.7 --num_steps 3"
-FLAGS += " --max_new_tokens 32 --prompts_per_step 4 --micro_batch_size 16"
+FLAGS += " --max_new_tokens 32 --prompts_per_step 4 --micro_batch_tokens 2048"
 
 
 def run(script: str, *flags: object) -> str:
