@@ -80,6 +80,8 @@ class Args:
     """steps between checkpoints; 0 saves none before the end"""
     keep_checkpoints: int = 2
     """how many of the newest checkpoints stay on disk"""
+    save_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """type of the final model; auto is that of the files of --model"""
     eval_every: int = 0
     """steps between evaluations on --eval_dataset; 0 is off"""
     track: bool = False

@@ -40,7 +40,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.tensorboard import SummaryWriter
 
 from common.fingerprint import inputs_of
-from common.logprob import full_weights
+from common.saving import file_dtype, save_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -304,6 +304,11 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+
+
 def replace_folder(temporary: Path, folder: Path) -> None:
     """Make the finished folder `temporary` appear as `folder` in one step."""
     for path in (*temporary.rglob("*"), temporary):
@@ -381,7 +386,7 @@ def machine() -> str:
 
 # These say how a run is watched, not what it computes: they may differ when it is resumed.
 FREE = {"environment", "output_dir", "track", "checkpoint_every", "keep_checkpoints"}
-FREE |= {"skip_nonfinite", "vllm_gpu_memory", "enforce_eager", "cpu_offload"}
+FREE |= {"save_dtype", "skip_nonfinite", "vllm_gpu_memory", "enforce_eager", "cpu_offload"}
 FREE |= {"activation_checkpointing", "tensor_parallel", "gpu_memory_gb", "micro_batch_tokens"}
 
 
@@ -651,20 +656,22 @@ class Run:
 
     def finish(self, model, tokenizer) -> None:
         """Save the final model; then, last of all, the manifest."""
-        state = {
-            name: weight.cpu() if rank() == 0 else None
-            for name, weight in full_weights(model, torch.float32)
-        }
+        temporary = self.folder / "final.tmp"
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.save_dtype()]
         with writing(self.folder):
-            on_first_rank(lambda: self._save_final(model, state, tokenizer))
+            on_first_rank(lambda: _make_empty(temporary))
+            save_model(model, temporary, dtype, writes=rank() == 0)
+            on_first_rank(lambda: self._complete_final(temporary, tokenizer))
         print(
             f"finished {self.folder}: {self.progress.step} steps in {self.progress.seconds:.0f} s"
         )
 
-    def _save_final(self, model, state: dict[str, torch.Tensor], tokenizer) -> None:
-        temporary = self.folder / "final.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary, state_dict=state)
+    def save_dtype(self) -> str:
+        """The type of final/: --save_dtype, or that of the files that the model came from."""
+        given = self.args.save_dtype
+        return file_dtype(self.args.model) if given == "auto" else given
+
+    def _complete_final(self, temporary: Path, tokenizer) -> None:
         tokenizer.save_pretrained(temporary)
         replace_folder(temporary, self.folder / "final")
         self._board.close()

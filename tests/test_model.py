@@ -9,6 +9,7 @@ import torch
 from conftest import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from common import saving
 from common.model import check_lengths, end_ids, load_model, load_tokenizer, share_end_ids
 from common.rollout import TorchEngine
 from common.run import ROOT, UserError
@@ -94,6 +95,34 @@ def test_what_loads_can_be_saved(tmp_path, settings):
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").generation_config
     assert again.eos_token_id == model.generation_config.eos_token_id is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_is_saved_in_files_of_bounded_size(tokenizer, tmp_path, monkeypatch, dtype, tied):
+    """And loads as transformers' own save does."""
+    model = tiny_model(tokenizer, tie_word_embeddings=tied)
+    monkeypatch.setattr(saving, "SHARD_BYTES", 20_000)
+    (tmp_path / "parts").mkdir()
+    saving.save_model(model, tmp_path / "parts", dtype, writes=True)
+    model.to(dtype).save_pretrained(tmp_path / "whole")
+    sizes = [path.stat().st_size for path in (tmp_path / "parts").glob("*.safetensors")]
+    assert len(sizes) > 1
+    assert max(sizes) < 25_000
+    ours, theirs = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("parts", "whole")
+    )
+    assert ours.dtype == theirs.dtype == dtype
+    assert ours.generation_config.eos_token_id == theirs.generation_config.eos_token_id
+    state, expected = ours.state_dict(), theirs.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(state[name].equal(expected[name]) for name in expected)
+
+
+def test_the_type_of_a_models_files(tmp_path):
+    assert saving.file_dtype("toy/student") == "float32"
+    load_model("toy/student", "bfloat16", CPU).save_pretrained(tmp_path)
+    assert saving.file_dtype(str(tmp_path)) == "bfloat16"
 
 
 def test_lengths_beyond_the_models_positions():

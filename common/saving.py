@@ -1,0 +1,74 @@
+"""A trained model on disk, as transformers and vLLM read it, without a whole copy of it in memory.
+
+A sharded model is gathered parameter by parameter, on every rank; the first one writes files of at
+most SHARD_BYTES.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+from common.fingerprint import ROOT
+from common.logprob import full_weights
+
+SHARD_BYTES = 4 * 10**9
+
+
+def file_dtype(name: str) -> str:
+    """float32 or bfloat16: that of a model's files; bfloat16 too where they are in float16."""
+    path = name if Path(name).exists() else str(ROOT / name)
+    config = AutoConfig.from_pretrained(path if Path(path).exists() else name)
+    return "float32" if config.dtype in (None, torch.float32) else "bfloat16"
+
+
+def save_model(model, folder: Path, dtype: torch.dtype, writes: bool) -> None:
+    """Weights in `dtype`, config and generation config into an existing folder. All ranks call it;
+    the one that `writes` writes."""
+    files = _plan(model, dtype.itemsize)
+    for file, tensors in _in_files(files, full_weights(model, dtype), writes):
+        if writes:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+    if not writes:
+        return
+    if len(set(files.values())) > 1:
+        total = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": files}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    model.config.dtype, loaded_as = dtype, model.config.dtype
+    model.config.save_pretrained(folder)
+    model.config.dtype = loaded_as
+    model.generation_config.save_pretrained(folder)
+
+
+def _plan(model, itemsize: int) -> dict[str, str]:
+    """Parameter -> file."""
+    numbers, size, number = {}, 0, 1
+    for name, parameter in model.named_parameters():
+        if size > 0 and size + parameter.numel() * itemsize > SHARD_BYTES:
+            size, number = 0, number + 1
+        size += parameter.numel() * itemsize
+        numbers[name] = number
+    if number == 1:
+        return dict.fromkeys(numbers, "model.safetensors")
+    return {name: f"model-{i:05}-of-{number:05}.safetensors" for name, i in numbers.items()}
+
+
+def _in_files(
+    files: dict[str, str], weights: Iterator[tuple[str, torch.Tensor]], keep: bool
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Each file with its tensors, once it has all of them."""
+    tensors: dict[str, torch.Tensor] = {}
+    current = None
+    for name, weight in weights:
+        if current not in (None, files[name]):
+            yield current, tensors
+            tensors = {}
+        current = files[name]
+        if keep:
+            tensors[name] = weight.cpu().contiguous()
+    if current is not None:
+        yield current, tensors
