@@ -1,6 +1,7 @@
 """Models and tokenizers by path or hub id, what must hold between two, and sharding over ranks."""
 
 import contextlib
+import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from huggingface_hub import HfApi, try_to_load_from_cache
+from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -16,7 +18,6 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
@@ -26,16 +27,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from common.data import prompt_text
-from common.logprob import full_weight, head_weight, hidden_states
+from common.logprob import device_of, full_weight, head_weight, hidden_states
 from common.run import (
     ROOT,
     UserError,
     check,
     num_ranks,
-    on_first_rank,
     one_line,
     rank,
     sum_over_ranks,
@@ -183,21 +183,29 @@ def load_model(
 def load_for_training(
     name: str, args, device: torch.device, trainable: bool = False
 ) -> PreTrainedModel:
-    """As load_model; where there are ranks, sharded over them by FSDP2. The first rank reads the
-    file, so a machine holds one whole copy while loading."""
+    """As load_model; where there are ranks, sharded over them by FSDP2. Each rank reads its part of
+    each tensor from the files: no whole copy is held anywhere."""
     if not dist.is_initialized():
         model = load_model(name, args.dtype, device, trainable)
         _recompute_activations(model, args)
         return model
-    whole = load_model(name, args.dtype, torch.device("cpu"), trainable) if rank() == 0 else None
-    config = on_first_rank(lambda: (whole.config, whole.generation_config, whole.dtype))
+    config = _load(AutoConfig.from_pretrained, name)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config[0], dtype=config[2])
-    model.generation_config = config[1]
+        dtype = torch.float32 if trainable else DTYPES[args.dtype]
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.name_or_path = model_path(name)
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(model_path(name))
+    except OSError:  # not every folder has one
+        model.generation_config = GenerationConfig.from_model_config(config)
+    _make_savable(model.generation_config)
     model.requires_grad_(trainable).eval()
     _recompute_activations(model, args)
     _shard(model, args, device)
-    _copy_weights(whole, model, args, device)
+    model.to_empty(device="cpu" if args.cpu_offload else device)
+    _read_shards(model, name)
+    _make_buffers(model, device)
+    _check_head(model, name)
     return model
 
 
@@ -225,21 +233,45 @@ def _shard(model: PreTrainedModel, args, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def _copy_weights(whole: PreTrainedModel | None, model: PreTrainedModel, args, device) -> None:
-    """From the first rank's whole model into every rank's shards, tensor by tensor."""
-    model.to_empty(device="cpu" if args.cpu_offload else device)
-    weights = {} if whole is None else dict(whole.named_parameters())
-    for name, parameter in model.named_parameters():
-        empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-        full = weights[name].to(device) if whole else empty
-        mine = distribute_tensor(full, parameter.device_mesh, parameter.placements)
-        parameter.to_local().copy_(mine.to_local())
-    buffers = {} if whole is None else dict(whole.named_buffers())
-    for name, empty in list(model.named_buffers()):  # rotary frequencies: in no file
-        buffer = buffers[name].to(device) if whole else torch.empty_like(empty, device=device)
-        dist.broadcast(buffer, 0)
-        module, _, key = name.rpartition(".")
-        model.get_submodule(module).register_buffer(key, buffer, persistent=False)
+def _read_shards(model: PreTrainedModel, name: str) -> None:
+    """This rank's rows of each parameter, from the safetensors files."""
+    files = _weight_files(name)
+    missing = [parameter for parameter, _ in model.named_parameters() if parameter not in files]
+    check(
+        not missing, f"{name} cannot be sharded: its files have no tensor {', '.join(missing[:2])}"
+    )
+    with contextlib.ExitStack() as stack:
+        opened = {f: stack.enter_context(safe_open(f, "pt")) for f in set(files.values())}
+        for key, parameter in model.named_parameters():
+            shard, rows = parameter.to_local(), opened[files[key]].get_slice(key)
+            whole = tuple(rows.get_shape())
+            check(whole == tuple(parameter.shape), f"{name}: {key} has shape {whole} in the files")
+            first = min(len(parameter), rank() * -(-len(parameter) // num_ranks()))
+            if len(shard) > 0:
+                shard.copy_(rows[first : first + len(shard)])
+
+
+def _weight_files(name: str) -> dict[str, str]:
+    """Tensor -> file."""
+    path, missing_is_none = _find(name), {"_raise_exceptions_for_missing_entries": False}
+    index = cached_file(path, "model.safetensors.index.json", **missing_is_none)
+    if index is not None:
+        files = json.loads(Path(index).read_text())["weight_map"]
+        paths = {file: cached_file(path, file) for file in set(files.values())}
+        return {tensor: paths[file] for tensor, file in files.items()}
+    single = cached_file(path, "model.safetensors", **missing_is_none)
+    check(single is not None, f"{name} has no safetensors files")
+    with safe_open(single, "pt") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def _make_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Rotary frequencies, which are in no file: computed again, as the module does."""
+    for owner in {name.rpartition(".")[0] for name, _ in model.named_buffers()}:
+        module = model.get_submodule(owner)
+        fresh = type(module)(module.config)
+        for key, buffer in fresh.named_buffers(recurse=False):
+            module.register_buffer(key, buffer.to(device), persistent=False)
 
 
 def clip_grad_norm(parameters: list[nn.Parameter], limit: float) -> torch.Tensor:
@@ -267,7 +299,7 @@ def gathered(model) -> Iterator[None]:
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, name: str) -> None:
     """The chunked head is hidden @ W.T: a model that scales or caps logits would train wrong."""
-    ids = torch.arange(4, device=model.device)[None]
+    ids = torch.arange(4, device=device_of(model))[None]
     expected = model(input_ids=ids, use_cache=False).logits[0]
     hidden = hidden_states(model, ids, torch.ones_like(ids, dtype=torch.bool), model.dtype)
     same = torch.allclose(

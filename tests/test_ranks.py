@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_model, torchrun
 from safetensors.torch import load_file
 
+from common import saving
 from common.run import ROOT
 
 SIZES = ["--prompts_per_step", "5", "--group_size", "4", "--max_new_tokens", "24"]
@@ -118,6 +120,45 @@ def test_offloaded_weights_train_the_same(runs, tmp_path):
     """On one rank, where nothing but --cpu_offload shards: the same to rounding."""
     run(1, "opd", *TRAINERS["opd"], "--cpu_offload", "--output_dir", tmp_path / "run")
     assert largest_difference(runs["opd"][1], tmp_path / "run") <= 1e-5
+
+
+LOADED = """
+import sys
+from types import SimpleNamespace
+import torch, torch.distributed as dist
+from transformers import AutoModelForCausalLM
+from common import model as module
+from common.logprob import full_weights
+
+dist.init_process_group("gloo")
+folder = sys.argv[1]
+module.load_model = None  # nobody loads a whole model
+for dtype, trainable in (("float32", True), ("bfloat16", False)):
+    kept = getattr(torch, dtype)
+    args = SimpleNamespace(dtype=dtype, cpu_offload=False, activation_checkpointing=False)
+    model = module.load_for_training(folder, args, torch.device("cpu"), trainable)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=kept)
+    expected, loaded = dict(whole.named_parameters()), dict(full_weights(model, kept))
+    assert loaded.keys() == expected.keys()
+    assert all(loaded[name].equal(expected[name]) for name in expected)
+    buffers = dict(whole.named_buffers())
+    assert all(buffer.equal(buffers[name]) for name, buffer in model.named_buffers())
+    local = sum(parameter.to_local().numel() for parameter in model.parameters())
+    assert local < 0.6 * sum(parameter.numel() for parameter in whole.parameters())
+    assert model.generation_config.eos_token_id == whole.generation_config.eos_token_id
+if dist.get_rank() == 0:
+    print("same")
+"""
+
+
+def test_each_rank_reads_its_part_of_several_files(tmp_path, tokenizer, monkeypatch):
+    """Sizes that do not divide by two; nothing whole in memory."""
+    monkeypatch.setattr(saving, "SHARD_BYTES", 20_000)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    saving.save_model(tiny_model(tokenizer), folder, torch.float32, writes=True)
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    assert torchrun(LOADED.replace("sys.argv[1]", repr(str(folder))), tmp_path) == "same\n"
 
 
 @pytest.mark.parametrize(("ranks", "flags"), [(1, []), (2, []), (1, ["--cpu_offload"])])
