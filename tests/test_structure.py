@@ -106,7 +106,7 @@ def test_common_stays_small():
     modules = [path for path in (ROOT / "common").glob("*.py") if path.name != "__init__.py"]
     assert len(modules) <= 9
     assert (ROOT / "common" / "__init__.py").read_text() == ""
-    assert sum(code_lines(path.read_text()) for path in modules) <= 2500
+    assert sum(code_lines(path.read_text()) for path in modules) <= 2600
 
 
 def code_lines(text: str) -> int:
