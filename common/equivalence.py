@@ -10,11 +10,14 @@ compared.
   per cent or a power of ten. The same holds for each element of a set, a tuple or an interval.
 - Elsewhere sympy's automatic evaluation must find nothing to do in it that it does not also find in
   the gold answer: no `1+1+\sqrt{3}`, `2^3 x`, `3x-x`, `\sqrt{16}`, `5!`, `\sum_{i=1}^3 i`.
-- Every number that is written in it must be in the tree: `\binom{10}{3}` and `\frac{12}{4}` are
-  worked out by the parser.
+- Brackets with a number in front, denominators, roots of numbers and logarithms count as well:
+  `2(1+\sqrt{3})-2`, `\frac{6}{\sqrt{3}}`, `\sqrt{7+4\sqrt{3}}`, `\ln 24-\ln 2`, `\frac{2x+4}{2}`.
+- Every number that is written in it must be in the tree, and the text may hold nothing that the
+  parser carries out: `\binom{10}{3}`, `\frac{12}{4}`, `8 4`, `x|_{x=3}`, determinants, transposes.
 - A solved equation or inequality (`x = 3`, `x < 3`) asks for a solved one.
 
-What it does not see: an expression with variables that is only to be expanded or factored.
+What it does not see: an expression with variables that is only to be expanded or factored, and
+identities of trigonometry.
 
 This module is the child of the verifier: it runs untrusted text without a deadline of its own.
 `python -m common.equivalence TIMEOUT_S MEMORY_MB` answers requests on its standard input.
@@ -92,27 +95,12 @@ _EAGER = re.compile(
 # LaTeX that a numeral, or a set, tuple, interval or matrix of numerals may hold; the parser works
 # out `e^{\ln 3}` and \begin{vmatrix} ...
 _COMMAND = re.compile(r"\\[A-Za-z]+(?:\{(?:[A-Za-z]*matrix|array)\})?")
+_MATRICES = [rf"{kind}matrix" for kind in ("", "p", "b")] + ["array"]
 _NUMERAL_COMMANDS = {
     *(r"\frac", r"\dfrac", r"\tfrac", r"\cfrac", r"\times", r"\cdot", r"\circ", r"\degree"),
-    *(
-        r"\infty",
-        r"\in",
-        r"\mathbb",
-        r"\pm",
-        r"\mp",
-        r"\cup",
-        r"\left",
-        r"\right",
-        r"\quad",
-        r"\qquad",
-    ),
-    *(r"\text", r"\mathrm", r"\approx", r"\lbrace", r"\rbrace", r"\langle", r"\rangle"),
-    *(
-        rf"\{word}{{{kind}}}"
-        for word in ("begin", "end")
-        for kind in ("matrix", "pmatrix", "bmatrix")
-    ),
-    *(r"\begin{array}", r"\end{array}"),
+    *(r"\infty", r"\in", r"\mathbb", r"\pm", r"\mp", r"\cup", r"\left", r"\right", r"\quad"),
+    *(r"\qquad", r"\text", r"\mathrm", r"\approx", r"\lbrace", r"\rbrace", r"\langle", r"\rangle"),
+    *(rf"\{word}{{{matrix}}}" for word in ("begin", "end") for matrix in _MATRICES),
 }
 
 PER_CENT = UnevaluatedExpr(Rational(1, 100))  # how math-verify writes `%`
@@ -131,7 +119,8 @@ def read(text: str) -> list[Tree | str]:
     text = _PLAIN_MIXED.sub(r"\1\\frac{\2}{\3}", text)
     boxed = text if _PROSE.search(text) else rf"\boxed{{{text}}}"
     # Of the first match only: else the text may be of one match and the tree of another.
-    return parse(boxed, parsing_timeout=None, extraction_mode="first_match")
+    values = parse(boxed, parsing_timeout=None, extraction_mode="first_match")
+    return values if values and isinstance(values[-1], str) else []
 
 
 def is_readable(gold: str) -> bool:
