@@ -104,7 +104,7 @@ def test_metrics_are_documented_once_and_all():
 
 def test_common_stays_small():
     modules = [path for path in (ROOT / "common").glob("*.py") if path.name != "__init__.py"]
-    assert len(modules) <= 9
+    assert len(modules) <= 10
     assert (ROOT / "common" / "__init__.py").read_text() == ""
     assert sum(code_lines(path.read_text()) for path in modules) <= 2600
 
