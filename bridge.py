@@ -642,8 +642,9 @@ def smallest_change(
     stage: Stage, flags, shapes: dict, ranks: int, machine: Machine
 ) -> tuple[memory.Plan, float]:
     """Set micro_batch_tokens, cpu_offload and tensor_parallel of a trainer's Args to the first that
-    fit (none changes a result; the second is much slower), and give vLLM the rest of the GPU. What
-    the user has set stays. Returns the plan, and the bytes that vLLM needs at least."""
+    fit (none changes a result; the second is much slower, less so with keep_gradients, where they
+    fit), and give vLLM the rest of the GPU. What the user has set stays. Returns the plan, and the
+    bytes that vLLM needs at least."""
     gpu = machine.gpu
     model, teacher = shapes["model"], shapes.get("teacher")
     frozen = [model] if getattr(flags, "kl_coef", 0) > 0 else [teacher] if teacher else []
@@ -666,12 +667,17 @@ def smallest_change(
             engine = share_engine(stage, flags, sampled, machine, room)
         if planned.peak("update") <= USABLE * gpu and engine <= room:
             break
+    if flags.cpu_offload:
+        flags.keep_gradients = True
+        kept = memory.plan(flags, model, frozen, sampled, ranks, gpu).peak("update")
+        flags.keep_gradients = kept <= USABLE * gpu
     return memory.plan(flags, model, frozen, sampled, ranks, gpu), engine
 
 
 def choose(stage: Stage, flags, planned: memory.Plan, machine: Machine, ranks: int) -> str:
     """Put what was found to fit into the stage's command, and say so."""
-    for name in ("vllm_gpu_memory", "micro_batch_tokens", "cpu_offload", "tensor_parallel"):
+    chosen = ("vllm_gpu_memory", "micro_batch_tokens", "cpu_offload", "keep_gradients")
+    for name in (*chosen, "tensor_parallel"):
         default = type(flags).__dataclass_fields__[name].default
         given = stage.settings.get(name, Setting(default, "ours"))
         if getattr(flags, name) != given.value and given.source != "command line":

@@ -40,6 +40,7 @@ from common.model import (
     check_lengths,
     clip_grad_norm,
     forward_flops,
+    keep_gradients,
     load_for_training,
     load_tokenizer,
     share_end_ids,
@@ -110,6 +111,8 @@ class Args:
     """compute each layer again in backward instead of keeping what it made"""
     cpu_offload: bool = False
     """keep weights, gradients and optimizer in host memory, and update them there"""
+    keep_gradients: bool = False
+    """add a step's gradients up on the GPU, whole: with --cpu_offload they travel once a step"""
 
     # --- data ---
     dataset: str = "toy"
@@ -282,7 +285,9 @@ def backward(model, teacher, rollouts: list[Rollout], args: Args) -> dict[str, f
         return loss_fn(logits, teacher_logits, tokens, args)
 
     sums = {"loss": 0.0}
-    for batch in micro_batches(rollouts, args.micro_batch_tokens, logprob.device_of(model)):
+    batches = list(micro_batches(rollouts, args.micro_batch_tokens, logprob.device_of(model)))
+    for number, batch in enumerate(batches, 1):
+        keep_gradients(model, args.keep_gradients and number < len(batches))
         hidden = logprob.hidden_states(model, batch.input_ids, batch.mask, dtype)
         inputs = {"teacher_hidden": score(teacher, batch, args), "tokens": batch.tokens}
         head_sums = logprob.head_backward(

@@ -41,6 +41,7 @@ from common.model import (
     check_lengths,
     clip_grad_norm,
     forward_flops,
+    keep_gradients,
     load_for_training,
     load_tokenizer,
 )
@@ -105,6 +106,8 @@ class Args:
     """compute each layer again in backward instead of keeping what it made"""
     cpu_offload: bool = False
     """keep weights, gradients and optimizer in host memory, and update them there"""
+    keep_gradients: bool = False
+    """add a step's gradients up on the GPU, whole: with --cpu_offload they travel once a step"""
 
     # --- data ---
     dataset: str = "toy"
@@ -343,7 +346,9 @@ def backward(model, ref_model, rollouts: list[Rollout], args: Args) -> dict[str,
     trained = with_gradient(rollouts, ref_model)
     num_tokens = sum_over_ranks(sum(len(rollout.completion_ids) for rollout in trained))
     sums = {"loss": 0.0}
-    for batch in micro_batches(trained, args.micro_batch_tokens, logprob.device_of(model)):
+    batches = list(micro_batches(trained, args.micro_batch_tokens, logprob.device_of(model)))
+    for number, batch in enumerate(batches, 1):
+        keep_gradients(model, args.keep_gradients and number < len(batches))
         hidden = logprob.hidden_states(model, batch.input_ids, batch.mask, dtype)
         inputs = {
             "tokens": batch.tokens,

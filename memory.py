@@ -71,13 +71,13 @@ class Shape:
 def shape_of(name: str) -> Shape | None:
     """From the model's config.json, here or in the hub's cache, or a known Qwen3; else None."""
     try:
-        config = _config_of(name)
+        config = config_of(name)
         return config and shape_of_config(config)
     except (OSError, ValueError, AttributeError):  # damaged, or of an architecture with other names
         return None
 
 
-def _config_of(name: str):
+def config_of(name: str):
     path = model_path(name)
     if (Path(path) / "config.json").exists() or try_to_load_from_cache(path, "config.json"):
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -178,6 +178,8 @@ def plan(
         Item("gradients, float32", 4 * own, home, "always" if home == "host" else "update"),
         Item("AdamW's moments, float32", 8 * own, home),
     ]
+    if sharded and args.keep_gradients:
+        items.append(Item("gradients of a step, whole", 4 * trained.params, phase="update"))
     items += [Item("frozen model", c * shape.params / ranks, home) for shape in frozen]
     if sharded:
         gathered = max(c * (2 * s.layer + s.rest) for s in (trained, *frozen))

@@ -52,12 +52,24 @@ class Args:
     """thinking mode of the chat template"""
 
 
+def sleep_and_wake(engine) -> None:
+    """Seconds, and how much of the GPU is free, asleep and after the sync that wakes it."""
+    for name, act in (("awake", lambda: None), ("sleep", engine.sleep), ("sync", engine.sync)):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        act()
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+        seconds = time.perf_counter() - began
+        print(f"{name}: {seconds:.2f} s, {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
+
+
 def main(args: Args) -> None:
     device = resolve_device("auto")
     backend, tokenizer = resolve_backend(args, device), load_tokenizer(args.model)
     problems = data.load_problems(args.dataset)
     prompts = data.render_prompts(tokenizer, problems, args)[: args.prompts]
-    model = load_model(args.model, args.dtype, device, trainable=True)
+    model = load_model(args.model, args.dtype, device).requires_grad_(True)
     engines = {"torch": TorchEngine(model, tokenizer, DTYPES[args.dtype])}
     engines["torch"].eos_ids = engines["torch"].eos_ids[:0]
     if backend == "vllm":
@@ -92,6 +104,8 @@ def main(args: Args) -> None:
         print(f"vllm / torch: {statistics.median(v / t for v, t in pairs):.2f}")
         for key in [key for key in syncs[0] if key.endswith("seconds")]:
             print(f"{key}: {statistics.median(sync[key] for sync in syncs[1:]) * 1000:.1f} ms")
+        if engines["vllm"].can_sleep:
+            sleep_and_wake(engines["vllm"])
 
 
 if __name__ == "__main__":

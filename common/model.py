@@ -274,6 +274,13 @@ def _make_buffers(model: PreTrainedModel, device: torch.device) -> None:
             module.register_buffer(key, buffer.to(device), persistent=False)
 
 
+def keep_gradients(model, keep: bool) -> None:
+    """Whether the next backward adds to float32 gradients of whole parameters on the device, and
+    leaves their sum over ranks, and their way to host memory, to one that does not keep them."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(not keep)
+
+
 def clip_grad_norm(parameters: list[nn.Parameter], limit: float) -> torch.Tensor:
     """Scale the gradients down to a norm of `limit` over all parameters and ranks; returns the norm
     before."""

@@ -386,7 +386,14 @@ def machine() -> str:
 
 # These say how a run is watched, not what it computes: they may differ when it is resumed.
 FREE = {"environment", "output_dir", "track", "checkpoint_every", "keep_checkpoints"}
-FREE |= {"save_dtype", "skip_nonfinite", "vllm_gpu_memory", "enforce_eager", "cpu_offload"}
+FREE |= {
+    "save_dtype",
+    "keep_gradients",
+    "skip_nonfinite",
+    "vllm_gpu_memory",
+    "enforce_eager",
+    "cpu_offload",
+}
 FREE |= {"activation_checkpointing", "tensor_parallel", "gpu_memory_gb", "micro_batch_tokens"}
 
 

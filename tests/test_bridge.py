@@ -95,6 +95,7 @@ def test_one_gpu_of_80_gb_gets_what_makes_each_stage_fit(capsys):
     bridge.main(bridge.Args(**QWEN, **machine))
     printed = capsys.readouterr().out
     assert settings_of(printed, "teacher_grpo")["cpu_offload"] == "True"
+    assert settings_of(printed, "teacher_grpo")["keep_gradients"] == "True"
     assert "cpu_offload" not in settings_of(printed, "student_grpo")
     for kind in ("teacher_grpo", "fkl_warmup", "opd", "student_grpo"):
         settings = settings_of(printed, kind)

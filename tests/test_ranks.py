@@ -116,9 +116,14 @@ def test_a_rank_without_any_work_does_not_hang(tmp_path):
     assert largest_difference(tmp_path / "1", tmp_path / "2") <= 1e-5
 
 
-def test_offloaded_weights_train_the_same(runs, tmp_path):
-    """On one rank, where nothing but --cpu_offload shards: the same to rounding."""
-    run(1, "opd", *TRAINERS["opd"], "--cpu_offload", "--output_dir", tmp_path / "run")
+@pytest.mark.parametrize(
+    ("ranks", "flags"), [(1, []), (1, ["--keep_gradients"]), (2, ["--keep_gradients"])]
+)
+def test_offloaded_weights_train_the_same(runs, tmp_path, ranks, flags):
+    """On one rank, where nothing but --cpu_offload shards, and with the gradients of a step's
+    several micro-batches added up before they travel: the same to rounding."""
+    own = [*TRAINERS["opd"], "--cpu_offload", *flags, "--output_dir", tmp_path / "run"]
+    run(ranks, "opd", *own)
     assert largest_difference(runs["opd"][1], tmp_path / "run") <= 1e-5
 
 

@@ -403,6 +403,31 @@ def test_evaluate(tmp_path):
     assert abs(difference) < 0.09  # 1,024 samples each: a standard error of about 2 points
 
 
+# === benchmarks ===
+
+
+def test_the_measuring_script_runs_to_its_end(tmp_path):
+    """What needs a GPU says so; nothing fails."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        "--small",
+        "--output",
+        tmp_path / "report.md",
+    ]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "7 measurements, 0 failed" in done.stdout, done.stdout
+    report = (tmp_path / "report.md").read_text()
+    assert report.count("planned_gb") == 4
+    assert "sync/freshness_seconds" in report
+    assert "fused kernels: not measured (no GPU)" in report
+
+
 # === ranks ===
 
 OPD = ["--prompts_per_step", "5", "--group_size", "4", "--num_steps", "3", "--warmup_steps", "1"]
