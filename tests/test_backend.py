@@ -340,6 +340,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from common import logprob
+from common.model import keep_gradients
 
 dist.init_process_group("gloo")
 torch.manual_seed(0)
@@ -359,10 +360,13 @@ def planted(tensor, mesh, placements, **own):
 
 DTensor.from_local = planted
 ids, mask = torch.arange(12)[None] % 101, torch.ones(1, 12, dtype=torch.bool)
-for _ in range(2):  # the second is added to the first
+inner = model.model.layers[0].mlp.up_proj.weight
+for keep in (True, False):  # the second is added to the first
+    keep_gradients(model, keep)
     hidden = logprob.hidden_states(model, ids, mask, torch.bfloat16)
     loss = lambda logits: (logits.float().logsumexp(-1).sum(), {})
     logprob.head_backward(hidden, model, loss, {}, 1.0, 5)
+    assert (inner.grad is None) == keep  # it has stayed where it was made
 head = model.get_output_embeddings().weight
 assert head.grad.to_local().device == head.to_local().device and not moved, moved
 logits = (hidden @ logprob.head_weight(model, torch.bfloat16).T).float()
