@@ -24,9 +24,17 @@ from common.finished import PER_CENT, Tree, is_assignment, is_finished, sides_of
 
 logging.disable()  # math-verify warns that its own time-outs are off
 
-_MATHS = re.compile(r"\$|\\\[|\\\(|\\boxed")
+_MATHS = re.compile(r"\$|(?<!\\)\\\[|\\\(|\\boxed")
 _PROSE = re.compile(_MATHS.pattern + r"|[A-Za-z]{2} [A-Za-z]{2}")
 _PLAIN_MIXED = re.compile(r"(?<![\d.,/^_])(\d+)(?:\s|\\ )+(\d+)/(\d+)(?![\d.])")
+_CAME_BEFORE = re.compile(r"(?:\\[A-Za-z]+\s*|[^\s=:(*])\Z")
+_ROW_SPACE = re.compile(r"\\\\\s*\[[^\[\]]*\]")  # \\[4pt]
+# \text{ square inches}, \angle ABC
+_LATEX_WORDS = re.compile(r"\\(?:text|textrm|mathrm|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+(?: [A-Z]+\b)?")
+# Words behind a number that make it another one.
+_CHANGES = re.compile(
+    r"\b(?:hundred|thousand|million|billion|trillion|dozen|plus|minus|less|squared|cubed|factorial)\b"
+)
 _BASE = re.compile(r"\d\s*_\s*\{?\s*(\d+)")
 _GOES_ON = re.compile(r"[^\W\d]|[\\^!(]|\s*[*/^+=(]|\s*\\[A-Za-z]")
 TINY = 1e-3  # math-verify rounds decimals to 6 places: to it, 0.0 is every number below 5e-7
@@ -38,11 +46,16 @@ def read(text: str) -> list[Tree | str]:
     Text is read as the LaTeX of an answer; if there is prose or markup around, as a text that has
     one.
     """
-    text = _PLAIN_MIXED.sub(r"\1\\frac{\2}{\3}", text)
-    boxed = text if _PROSE.search(text) else rf"\boxed{{{text}}}"
+    text = _PLAIN_MIXED.sub(r"\1\\frac{\2}{\3}", _ROW_SPACE.sub(r"\\\\", text))
+    boxed = text if is_prose(text) else rf"\boxed{{{text}}}"
     # Of the first match only: else the text may be of one match and the tree of another.
     values = parse(boxed, parsing_timeout=None, extraction_mode="first_match")
     return values if values and isinstance(values[-1], str) else []
+
+
+def is_prose(text: str) -> bool:
+    """Whether words or marks of mathematics stand around an answer; units in LaTeX do not count."""
+    return bool(_PROSE.search(_LATEX_WORDS.sub(" ", text)))
 
 
 def is_readable(gold: str) -> bool:
@@ -59,6 +72,9 @@ def is_answer(gold: str, answer: str) -> bool:
         return True  # the texts were equal
     if _is_cut_short(answers[1], answer) or not _bases_agree(answer, gold):
         return False
+    words = [set(_CHANGES.findall(text.lower())) for text in (answer, gold)]
+    if len(answer) < 80 and not words[0] <= words[1]:
+        return False  # `84 \text{ million}`
     wanted, wanted_text = golds
     if is_assignment(wanted) and not (
         is_relation(answers[0]) and sides_of(wanted)[0][0].free_symbols
@@ -83,10 +99,11 @@ def _equal(golds: list, answers: list) -> bool:
 
 
 def _is_cut_short(text: str, answer: str) -> bool:
-    r"""Whether prose goes on where math-verify's number ends: `the length is 12\sqrt{5}`."""
+    r"""Whether prose goes on around math-verify's number: `the length is 12\sqrt{5}`."""
     before, found, behind = answer.rpartition(text)
-    prose = _PROSE.search(answer) and not _MATHS.search(answer)
-    return bool(prose and found and _GOES_ON.match(behind))
+    if not found or not is_prose(answer) or _MATHS.search(answer):
+        return False
+    return bool(_GOES_ON.match(behind) or _CAME_BEFORE.search(before))
 
 
 def _bases_agree(answer: str, gold: str) -> bool:

@@ -107,8 +107,10 @@ def elements_of(tree: Tree) -> list[Tree]:
     r"""Those of a set, tuple, interval, matrix or \frac{1}{2} of one, at any depth; else itself."""
     if tree == S.Reals:
         return [-S.Infinity, S.Infinity]
-    if isinstance(tree, MatMul) and not any(f.is_Integer for f in tree.args if not f.is_Matrix):
-        tree = tree.doit()
+    if isinstance(tree, MatMul) and sum(factor.is_Matrix for factor in tree.args) == 1:
+        scalars = [factor for factor in tree.args if not factor.is_Matrix]
+        if not any(scalar.is_Integer for scalar in scalars):
+            return [*scalars, *(e for f in tree.args if f.is_Matrix for e in elements_of(f))]
     if isinstance(tree, Interval):
         return [tree.start, tree.end]
     if isinstance(tree, MatrixBase):
@@ -224,10 +226,12 @@ def _is_undone_product(product: Mul) -> bool:
     fractions = [f for f in factors if isinstance(f, Pow) and f.exp == -1]
     above = [f for f in factors if isinstance(f, Number)]
     below = [f.base for f in fractions if isinstance(f.base, Number)]
+    below += [Integer(f.q) for f in above if f.is_Rational and f.q > 1]
     # Of (2x+4)/2 too.
     sums = [factor.doit() for factor in factors if isinstance(factor, Add)] if below else []
     contents = [abs(factor.primitive()[0]) for factor in sums]
-    integers = [int(n) for n in (Mul(*above, *contents), *below) if n.is_Integer]
+    numerator = Mul(*(Integer(n.p) for n in above if n.is_Rational), *contents)
+    integers = [int(n) for n in (numerator, *below) if n.is_Integer]
     if len(above) > 1 or len(below) > 1 or (len(integers) == 2 and math.gcd(*integers) > 1):
         return True
     others = [f for f in factors if f not in above and f not in fractions]
@@ -260,7 +264,8 @@ def is_assignment(tree: Tree) -> bool:
 def sides_of(tree: Tree, text: str = "") -> list[tuple[Tree, str]]:
     """Of an equation or a chain of them the last side, then the first; else the tree itself."""
     if not isinstance(tree, Eq | And) or not is_equation(tree):
-        return [(tree, text)]
+        last = text.rpartition("=")[2]  # of `P(X=2) = 3/8` the tree is 3/8
+        return [(tree, last if _NUMERAL.search(last) else text)]
     last = (take_last_relation(tree).rhs, text.rpartition("=")[2])
     return [last, (take_first_relation(tree).lhs, text.partition("=")[0])]
 
