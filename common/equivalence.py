@@ -126,6 +126,7 @@ def answer_requests(timeout_s: float, memory_mb: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # nothing that a library prints may pass for a reply
+    is_answer(r"1+\sqrt{3}", r"\sqrt{3}+1")  # the first one takes longest: no item pays for it
     out.write(b"r")
     for line in sys.stdin.buffer:
         # Should the parent die in mid-item, the kernel's timer enforces the deadline.
