@@ -8,6 +8,7 @@ import statistics
 import threading
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -134,6 +135,11 @@ def kernels(args: Args, device: torch.device) -> None:
     }
     index = tokens[:, None]
     work["log_softmax + gather"] = (lambda: logits.float().log_softmax(-1).gather(-1, index), 1)
+    if find_spec("liger_kernel"):  # forward and gradient in one, over the logits
+        from liger_kernel.transformers.functional import liger_cross_entropy
+
+        leaf = logits.clone().requires_grad_()
+        work["Liger, both"] = (lambda: liger_cross_entropy(leaf, tokens, reduction="sum"), 2)
     rates = {}
     for name, (function, passes) in work.items():
         function()

@@ -670,7 +670,8 @@ class Run:
             save_model(model, temporary, dtype, writes=rank() == 0)
             on_first_rank(lambda: self._complete_final(temporary, tokenizer))
         print(
-            f"finished {self.folder}: {self.progress.step} steps in {self.progress.seconds:.0f} s"
+            f"finished {self.folder}: {self.progress.step} steps in {self.progress.seconds:.0f} s; "
+            f"final/ is in {self.save_dtype()}"
         )
 
     def save_dtype(self) -> str:
