@@ -34,8 +34,8 @@ from scipy.stats import t as student_t
 from tqdm import tqdm
 
 from common import data
-from common.fingerprint import inputs_of
-from common.model import DTYPES, check_lengths, load_model, load_tokenizer, model_path
+from common.fingerprint import inputs_of, model_path
+from common.model import DTYPES, check_lengths, load_model, load_tokenizer
 from common.rollout import (
     Rollout,
     TorchEngine,

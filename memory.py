@@ -21,7 +21,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
-from common.model import model_path
+from common.fingerprint import model_path
 from common.rollout import MAX_NUM_SEQS, batched_tokens
 from common.run import check
 
@@ -168,10 +168,8 @@ def plan(
     """The plan of a trainer with these Args, whose rollouts come from `sampled`. gpu_memory: bytes
     of each rank's GPU; None on a CPU."""
     c = {"float32": 4, "bfloat16": 2}[args.dtype]
-    sharded, home = (
-        ranks > 1 or args.cpu_offload or c == 2,
-        "host" if args.cpu_offload else "device",
-    )
+    sharded = ranks > 1 or args.cpu_offload or c == 2
+    home = "host" if args.cpu_offload else "device"
     own = trained.params / ranks
     items = [
         Item("weights, float32", 4 * own, home),

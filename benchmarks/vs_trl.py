@@ -26,7 +26,8 @@ from typing import Literal
 import torch
 
 from common import data, rollout
-from common.model import load_tokenizer, model_path
+from common.fingerprint import model_path
+from common.model import load_tokenizer
 from common.run import ROOT, start
 from common.verifier import Verdict, Verifier
 

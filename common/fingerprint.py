@@ -25,9 +25,16 @@ def inputs_of(args) -> dict[str, str | None]:
     return prints | {f"{source} fingerprint": of_source(source) for source in sources if source}
 
 
+def model_path(name: str) -> str:
+    """`toy/teacher` and `toy/student` work from any folder; all else stands as it is."""
+    if not Path(name).exists() and (ROOT / name / "config.json").exists():
+        return str(ROOT / name)
+    return name
+
+
 def of_model(name: str) -> str | None:
     """Of a local folder, its files; of a hub id, the commit that is in the cache."""
-    folder = Path(name) if Path(name).exists() else ROOT / name
+    folder = Path(model_path(name))
     if folder.is_dir():
         paths = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
         return _of_files(paths)

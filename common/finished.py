@@ -265,7 +265,8 @@ def sides_of(tree: Tree, text: str = "") -> list[tuple[Tree, str]]:
     """Of an equation or a chain of them the last side, then the first; else the tree itself."""
     if not isinstance(tree, Eq | And) or not is_equation(tree):
         last = text.rpartition("=")[2]  # of `P(X=2) = 3/8` the tree is 3/8
-        return [(tree, last if _NUMERAL.search(last) else text)]
+        one = not isinstance(tree, Set | Tuple) and _NUMERAL.search(last)  # `x=3, x=4` is two
+        return [(tree, last if one else text)]
     last = (take_last_relation(tree).rhs, text.rpartition("=")[2])
     return [last, (take_first_relation(tree).lhs, text.partition("=")[0])]
 

@@ -30,9 +30,9 @@ from transformers import (
 from transformers.utils import cached_file, logging
 
 from common.data import prompt_text
+from common.fingerprint import model_path
 from common.logprob import device_of, full_weight, head_weight, hidden_states
 from common.run import (
-    ROOT,
     UserError,
     check,
     num_ranks,
@@ -45,13 +45,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-
-
-def model_path(name: str) -> str:
-    """`toy/teacher` and `toy/student` work from any folder; all else stands as it is."""
-    if not Path(name).exists() and (ROOT / name / "config.json").exists():
-        return str(ROOT / name)
-    return name
 
 
 def _find(name: str) -> str:

@@ -39,10 +39,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.tensorboard import SummaryWriter
 
-from common.fingerprint import inputs_of
+from common.fingerprint import ROOT, inputs_of
 from common.saving import file_dtype, save_model
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class UserError(Exception):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from common.fingerprint import ROOT
+from common.fingerprint import model_path
 from common.logprob import full_weights
 
 SHARD_BYTES = 4 * 10**9
@@ -20,8 +20,7 @@ SHARD_BYTES = 4 * 10**9
 
 def file_dtype(name: str) -> str:
     """float32 or bfloat16: that of a model's files; bfloat16 too where they are in float16."""
-    path = name if Path(name).exists() else str(ROOT / name)
-    config = AutoConfig.from_pretrained(path if Path(path).exists() else name)
+    config = AutoConfig.from_pretrained(model_path(name), trust_remote_code=False)
     return "float32" if config.dtype in (None, torch.float32) else "bfloat16"
 
 
