@@ -623,8 +623,28 @@ def _inside_ranks(tensor_parallel: int) -> dict[str, object]:
     for name in ("RANK", "LOCAL_RANK"):
         os.environ.setdefault(name, "0")  # --cpu_offload without torchrun
     own = {"distributed_executor_backend": "external_launcher"}
-    own |= {"async_scheduling": False} if tensor_parallel > 1 else {}  # ranks must schedule alike
+    if tensor_parallel > 1:
+        own |= {"async_scheduling": False}  # ranks must schedule alike
+        _own_shared_memory()
     return own | {"tensor_parallel_size": tensor_parallel}
+
+
+def _own_shared_memory() -> None:
+    """On a CPU, ranks that share an engine talk through files of /dev/shm, which vLLM names alike in
+    every run: one that was killed leaves them, and no later one could start. Name them by the run's
+    port, and unlink them as soon as all ranks have opened them."""
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    name_of, start = _CPUSHMDistributed.make_group_name, _CPUSHMDistributed._init_cpu_shm
+
+    def start_and_unlink(self) -> int:
+        handle = start(self)
+        Path("/dev/shm", f"{self.group_name}_{self.communicator.rank}").unlink(missing_ok=True)
+        return handle
+
+    port = os.environ["MASTER_PORT"]
+    _CPUSHMDistributed.make_group_name = staticmethod(lambda c: port + name_of(c).strip("/"))
+    _CPUSHMDistributed._init_cpu_shm = start_and_unlink
 
 
 def _keep_plain_cpu_weights() -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -458,13 +459,16 @@ def one_rank(tmp_path_factory):
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_engines_inside_ranks(one_rank, tmp_path, tensor_parallel):
     """Two ranks with an engine each, and two that share one: every parameter is proven (a rank's
-    slices, where it holds slices), and they train as one rank with one engine does."""
+    slices, where it holds slices), and they train as one rank with one engine does. They leave
+    nothing in shared memory, where a killed run's files would stop the next."""
     folder, expected = one_rank
+    shared_memory = set(Path("/dev/shm").glob("*cpushm*"))
     rows = run_opd(tmp_path / "run", 2, *VLLM, "--tensor_parallel", str(tensor_parallel))
     for row, other in zip(rows, expected, strict=True):
         assert row["sync/parameters"] == other["sync/parameters"]
         assert row["sync/canary_max"] < CANARY_LIMIT[torch.float32]
         assert row["rollout/length"] == other["rollout/length"]
         assert row["policy/reverse_kl"] == pytest.approx(other["policy/reverse_kl"], rel=1e-4)
+    assert set(Path("/dev/shm").glob("*cpushm*")) == shared_memory
     a, b = (load_file(run / "final" / "model.safetensors") for run in (folder, tmp_path / "run"))
     assert max(((a[name] - b[name]).norm() / a[name].norm()).item() for name in a) < 1e-4
