@@ -630,9 +630,9 @@ def _inside_ranks(tensor_parallel: int) -> dict[str, object]:
 
 
 def _own_shared_memory() -> None:
-    """On a CPU, ranks that share an engine talk through files of /dev/shm, which vLLM names alike in
-    every run: one that was killed leaves them, and no later one could start. Name them by the run's
-    port, and unlink them as soon as all ranks have opened them."""
+    """On a CPU, ranks that share an engine talk through files of /dev/shm, which vLLM names alike
+    in every run: one that was killed leaves them, and no later one could start. Name them by the
+    run's port, and unlink them as soon as all ranks have opened them."""
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
     name_of, start = _CPUSHMDistributed.make_group_name, _CPUSHMDistributed._init_cpu_shm
