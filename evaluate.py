@@ -21,45 +21,30 @@ samples/*.jsonl, and samples.html, where a person reads them with their verdicts
 
 import html
 import json
-import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from scipy.stats import beta
-from scipy.stats import t as student_t
 from tqdm import tqdm
 
 from common import data
+from common.errors import check
+from common.files import write_atomic, write_json, write_jsonl, writing
 from common.fingerprint import inputs_of, model_path
-from common.model import DTYPES, check_lengths, load_model, load_tokenizer
-from common.rollout import (
-    Rollout,
-    TorchEngine,
-    VLLMEngine,
-    resolve_backend,
-    rollout_metrics,
-    sample_and_verify,
-)
-from common.run import (
-    check,
-    check_ranges,
-    claim_folder,
-    gather,
-    join_ranks,
-    lock_folder,
-    on_first_rank,
-    rank,
-    start,
-    write_atomic,
-    write_json,
-    write_jsonl,
-    writing,
-)
+from common.folder import claim_folder, lock_folder
+from common.model import check_lengths, load_model, load_tokenizer
+from common.ranks import gather, join_ranks, on_first_rank, rank
+from common.rollout import Rollout, rollout_metrics
+from common.sampler import sample_and_verify
+from common.sharding import DTYPES
+from common.start import check_ranges, start
+from common.statistics import difference_interval, interval, pass_at
+from common.torch_engine import TorchEngine
 from common.verifier import Verifier, compare_cheaply
+from common.vllm_engine import VLLMEngine, resolve_backend
 
 
 @dataclass
@@ -90,7 +75,7 @@ class Args:
     thinking: bool = False
     """thinking mode of the chat template"""
     chat_template: str | None = None
-    """a model whose chat template is used; by itself the model's own"""
+    """a model whose chat template is used; default: the model's own"""
 
     # --- sampling ---
     num_samples: int = 16
@@ -113,62 +98,7 @@ class Args:
     """ranks in a row that share one vLLM, for models that do not fit one GPU"""
 
 
-# === statistics ===
-
-
-def pass_at(j: int, num_correct: int, num_samples: int) -> float:
-    """Probability that j of the samples, drawn without replacement, hold a right one."""
-    return 1.0 - math.comb(num_samples - num_correct, j) / math.comb(num_samples, j)
-
-
-def interval(values: Sequence[float], num_samples: int, level: float = 0.95) -> list[float]:
-    """Two-sided interval of the mean over problems of a share in [0, 1], one value per problem,
-    each of `num_samples` samples.
-
-    Clopper and Pearson's, for as many independent samples as the problems are worth (Korn and
-    Graubard 1998): between their number, if each is always right or always wrong, and that of all
-    samples, if all are equally hard. It is never a point, as a bootstrap's of 0 right in 30 is.
-    """
-    values, count = np.asarray(values, dtype=float), len(values)
-    mean, tail = float(values.mean()), (1 - level) / 2
-    worth = effective_samples(values, num_samples)
-    if count > 1:  # the spread of few problems is itself uncertain
-        all_samples = max(2, count * num_samples)
-        worth *= (student_t.ppf(tail, all_samples - 1) / student_t.ppf(tail, count - 1)) ** 2
-    right = worth * mean
-    low = beta.ppf(tail, right, worth - right + 1) if mean > 0 else 0.0
-    high = beta.ppf(1 - tail, right + 1, worth - right) if mean < 1 else 1.0
-    return [float(low), float(high)]
-
-
-def effective_samples(values: np.ndarray, num_samples: int) -> float:
-    """How many independent samples have the variance of the mean of these clusters.
-
-    One more problem, of the largest spread there is, counts with those that were neither always
-    right nor always wrong: a few of them seldom show how much problems differ.
-    """
-    count, mean = len(values), values.mean()
-    if count == 1 or mean in (0, 1):
-        return float(count)
-    seen = min((values > 0).sum(), (values < 1).sum())
-    spread = max(values.var(ddof=1) / (mean * (1 - mean)), 1 / num_samples)
-    return float(count / min(1, (seen * spread + 1) / (seen + 1)))
-
-
-def difference_interval(a: Sequence[float], b: Sequence[float], num_samples: int) -> list[float]:
-    """95% interval of mean a - mean b on the same problems: Newcombe's of paired proportions (1998,
-    method 10; MOVER), from the interval of each and their correlation over problems."""
-    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    (low_a, high_a), (low_b, high_b) = (interval(values, num_samples) for values in (a, b))
-    vary = len(a) > 1 and a.std() > 0 and b.std() > 0
-    correlation = float(np.corrcoef(a, b)[0, 1]) if vary else 0.0
-
-    def reach(of_a: float, of_b: float) -> float:
-        return math.sqrt(max(0.0, of_a**2 + of_b**2 - 2 * correlation * of_a * of_b))
-
-    mean_a, mean_b = float(a.mean()), float(b.mean())
-    below, above = reach(mean_a - low_a, high_b - mean_b), reach(high_a - mean_a, mean_b - low_b)
-    return [mean_a - mean_b - below, mean_a - mean_b + above]
+# === results ===
 
 
 def majority_votes(verifier: Verifier, rollouts: list[Rollout], num_samples: int) -> list[float]:
@@ -178,33 +108,26 @@ def majority_votes(verifier: Verifier, rollouts: list[Rollout], num_samples: int
     An answer that it could not compare stands by its text; no answer is no vote.
     """
     groups = [rollouts[i : i + num_samples] for i in range(0, len(rollouts), num_samples)]
-    votes = [
-        Counter(
-            r.verdict.answer for r in group if r.verdict.outcome in ("wrong", "timeout", "crash")
-        )
-        for group in groups
-    ]
-    comparable = [
-        {r.verdict.answer for r in group if r.verdict.outcome == "wrong"} for group in groups
-    ]
-    pairs = [
-        (n, first, second)
-        for n, answers in enumerate(votes)
-        for i, first in enumerate(answers)
-        for second in list(answers)[i + 1 :]
-        if {first, second} <= comparable[n] and compare_cheaply(first, second) is not False
-    ]
-    firsts, seconds = [first for _, first, _ in pairs], [second for *_, second in pairs]
+    wrong_votes, pairs = [], []  # pairs: (problem, answer, other answer) that may be equal
+    for number, group in enumerate(groups):
+        wrong = [r.verdict for r in group if r.verdict.outcome in ("wrong", "timeout", "crash")]
+        wrong_votes.append(Counter(verdict.answer for verdict in wrong))
+        comparable = {verdict.answer for verdict in wrong if verdict.outcome == "wrong"}
+        pairs += [
+            (number, one, other)
+            for one, other in combinations(wrong_votes[-1], 2)
+            if {one, other} <= comparable and compare_cheaply(one, other) is not False
+        ]
+    ones, others = [one for _, one, _ in pairs], [other for *_, other in pairs]
     # Both ways: to an undone sum as gold answer its value is right, but not the other way round.
-    one_way, back = verifier.compare(seconds, firsts), verifier.compare(firsts, seconds)
-    verdicts = zip(pairs, one_way, back, strict=True)
-    equal = {pair for pair, there, back in verdicts if there.correct and back.correct}
-    for n, first, second in pairs:
-        if (n, first, second) in equal and first in votes[n] and second in votes[n]:
-            votes[n][first] += votes[n].pop(second)
+    verdicts = zip(verifier.compare(others, ones), verifier.compare(ones, others), strict=True)
+    for (number, one, other), (there, back) in zip(pairs, verdicts, strict=True):
+        votes = wrong_votes[number]
+        if there.correct and back.correct and one in votes and other in votes:
+            votes[one] += votes.pop(other)
     shares = []
-    for group, wrong in zip(groups, votes, strict=True):
-        right = sum(r.verdict.correct for r in group)
+    for group, wrong in zip(groups, wrong_votes, strict=True):
+        right = sum(rollout.verdict.correct for rollout in group)
         rivals = sum(count == right for count in wrong.values())
         wins = right > 0 and right >= max(wrong.values(), default=0)
         shares.append(1 / (1 + rivals) if wins else 0.0)
@@ -216,9 +139,8 @@ def summarise(rollouts: list[Rollout], votes: list[float], num_samples: int) -> 
     correct = np.array([rollout.verdict.correct for rollout in rollouts]).reshape(-1, num_samples)
     counts = correct.sum(1).tolist()
     powers = [2**i for i in range(num_samples.bit_length()) if 2**i <= num_samples]
-    by_problem = {
-        j: [pass_at(j, c, num_samples) for c in counts] for j in range(1, num_samples + 1)
-    }
+    sizes = range(1, num_samples + 1)
+    by_problem = {j: [pass_at(j, count, num_samples) for count in counts] for j in sizes}
     return {
         "num_problems": len(counts),
         "num_samples": num_samples,
@@ -240,19 +162,17 @@ def summarise(rollouts: list[Rollout], votes: list[float], num_samples: int) -> 
 def paired_difference(a: dict, b: dict) -> dict[str, tuple[float, list[float]]]:
     """Differences a - b of two results on the same problems, with intervals over problems."""
     k = a["num_samples"]
-    pairs = {
-        f"avg@{k}": [np.array(r["correct_counts"]) / k for r in (a, b)],
-        f"maj@{k}": [np.array(r["majority_votes"]) for r in (a, b)],
-    }
+    averages = [np.array(result["correct_counts"]) / k for result in (a, b)]
+    majorities = [np.array(result["majority_votes"]) for result in (a, b)]
     return {
         name: (float(one.mean() - other.mean()), difference_interval(one, other, k))
-        for name, (one, other) in pairs.items()
+        for name, (one, other) in ((f"avg@{k}", averages), (f"maj@{k}", majorities))
     }
 
 
-# What says which model and where, not how it is asked: not among the settings of a result.
-MAY_DIFFER = {"output_dir", "compare", "model", "benchmarks", "device", "tensor_parallel"}
-MAY_DIFFER |= {"vllm_gpu_memory", "enforce_eager"}
+# Flags that say which model is asked and where, not how: they are not kept with the results.
+MAY_DIFFER = {"output_dir", "compare", "model", "benchmarks", "device"}
+MAY_DIFFER |= {"tensor_parallel", "vllm_gpu_memory", "enforce_eager"}
 # What --compare reads of a benchmark's results.
 COMPARED = {"problems", "golds", "num_samples", "num_problems", "correct_counts", "majority_votes"}
 
@@ -261,11 +181,11 @@ def read_results(path: Path) -> dict:
     check(path.is_file(), f"{path} does not exist; evaluate first")
     try:
         results = json.loads(path.read_text())
-        whole = isinstance(results["args"], dict)
-        whole &= all(result.keys() >= COMPARED for result in results["benchmarks"].values())
+        complete = isinstance(results["args"], dict)
+        complete &= all(result.keys() >= COMPARED for result in results["benchmarks"].values())
     except (ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    check(whole, f"{path} is damaged or no result of evaluate.py; evaluate again")
+        complete = False
+    check(complete, f"{path} is damaged or no result of evaluate.py; evaluate again")
     return results
 
 
@@ -273,12 +193,9 @@ def compare(folders: tuple[str, str]) -> None:
     """Print the paired differences of two finished runs, benchmark by benchmark, and in which other
     settings than the model the runs differ."""
     results = [read_results(Path(folder) / "results.json") for folder in folders]
-    settings = [result["args"] for result in results]
-    differing = [
-        f"{name} ({settings[0].get(name)}, {settings[1].get(name)})"
-        for name in settings[0]
-        if settings[0][name] != settings[1].get(name)
-    ]
+    one, other = (result["args"] for result in results)
+    changed = [name for name in one if one[name] != other.get(name)]
+    differing = [f"{name} ({one[name]}, {other.get(name)})" for name in changed]
     if differing:
         print(f"the runs differ in more than the model: {', '.join(differing)}")
     a, b = (result["benchmarks"] for result in results)
@@ -290,10 +207,10 @@ def compare(folders: tuple[str, str]) -> None:
             f"{name}: the two runs did not ask the same problems; use one --num_problems for both",
         )
         golds = zip(a[name]["golds"], b[name]["golds"], strict=True)
-        changed = sum(one != other for one, other in golds)
-        check(changed == 0, f"{name}: {changed} problems had another gold answer in the other run")
-        counts = [result[name]["num_samples"] for result in (a, b)]
-        check(counts[0] == counts[1], f"{name}: {counts[0]} and {counts[1]} samples a problem")
+        moved = sum(gold != other_gold for gold, other_gold in golds)
+        check(moved == 0, f"{name}: {moved} problems had another gold answer in the other run")
+        k, other_k = a[name]["num_samples"], b[name]["num_samples"]
+        check(k == other_k, f"{name}: {k} and {other_k} samples a problem")
         for measure, (value, (low, high)) in paired_difference(a[name], b[name]).items():
             print(
                 f"{name} {measure}: {folders[0]} minus {folders[1]} = {100 * value:+.1f} points "
@@ -311,16 +228,17 @@ def sample_benchmark(
     run that was cut off is not sampled again, and the rest comes out as it would have."""
     per_batch = max(1, engine.batch_size // args.num_samples)
     rows = on_first_rank(lambda: kept_rows(path, len(prompts), per_batch, args.num_samples))
-    starts = range(len(rows) // args.num_samples, len(prompts), per_batch)
-    shown = {"total": len(prompts), "initial": starts.start, "disable": rank() > 0}
-    with tqdm(desc=f"evaluate {path.stem}", **shown) as bar:
-        for first in starts:
-            batch, own = prompts[first : first + per_batch], (*seed, first)
-            sampled = sample_and_verify(engine, verifier, batch, args.num_samples, args, own)
-            new = gather([rollout.row() for rollout in sampled])
+    done = len(rows) // args.num_samples
+    count = {"total": len(prompts), "initial": done}
+    with tqdm(desc=f"evaluate {path.stem}", disable=rank() > 0, **count) as bar:
+        for first in range(done, len(prompts), per_batch):
+            batch = prompts[first : first + per_batch]
+            batch_seed = (*seed, first)
+            sampled = sample_and_verify(engine, verifier, batch, args.num_samples, args, batch_seed)
+            new_rows = gather([rollout.row() for rollout in sampled])
             with writing(path.parent):
-                on_first_rank(lambda new=new: append_rows(path, new))
-            rows += new
+                on_first_rank(lambda new_rows=new_rows: append_rows(path, new_rows))
+            rows += new_rows
             bar.update(len(batch))
     return [Rollout.from_row(row) for row in rows]
 
@@ -331,8 +249,14 @@ def append_rows(path: Path, rows: list[dict]) -> None:
 
 
 def kept_rows(path: Path, num_prompts: int, per_batch: int, num_samples: int) -> list[dict]:
-    """What a run that was cut off has left of whole batches; the rest of the file goes."""
-    rows = whole_rows(path) if path.exists() else []
+    """The whole batches before the first row that was not written to its end; the rest of the file
+    is removed."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines(True) if path.exists() else ():
+        try:
+            rows.append(json.loads(line if line.endswith("\n") else ""))
+        except ValueError:
+            break
     done = len(rows) // num_samples
     done -= done % per_batch if done < num_prompts else 0
     rows = rows[: done * num_samples]
@@ -340,28 +264,16 @@ def kept_rows(path: Path, num_prompts: int, per_batch: int, num_samples: int) ->
     return rows
 
 
-def whole_rows(path: Path) -> list[dict]:
-    """The rows before the first that was not written to its end."""
-    rows = []
-    for line in path.read_text(errors="replace").splitlines(keepends=True):
-        try:
-            rows.append(json.loads(line if line.endswith("\n") else ""))
-        except ValueError:
-            break
-    return rows
-
-
-PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
+PAGE = """<!doctype html><meta charset="utf-8"><title>TITLE</title>
 <style>
-body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: .3em 0 }}
-summary {{ cursor: pointer; padding: .3em 0 }}
-.sample {{ border-left: 4px solid #c0392b; margin: .6em 0 .6em 1em; padding: 0 .8em }}
-.sample.correct {{ border-color: #27864a }}
-.sample small {{ color: #666 }}
-body.correct .sample:not(.correct), body.other .sample.correct {{ display: none }}
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3em 0 }
+summary { cursor: pointer; padding: .3em 0 }
+.sample { border-left: 4px solid #c0392b; margin: .6em 0 .6em 1em; padding: 0 .8em }
+.sample.correct { border-color: #27864a } .sample small { color: #666 }
+body.correct .sample:not(.correct), body.other .sample.correct { display: none }
 </style>
-<h1>{title}</h1>
+<h1>TITLE</h1>
 <p>Show <select onchange="document.body.className = this.value">
 <option value="">all completions<option value="correct">correct ones<option value="other">all others
 </select></p>
@@ -370,13 +282,14 @@ body.correct .sample:not(.correct), body.other .sample.correct {{ display: none 
 
 def samples_page(title: str, benchmarks: dict[str, list[Rollout]], num_samples: int) -> str:
     """One self-contained HTML page: the first 100 problems of each benchmark, every completion."""
-    parts = [PAGE.format(title=html.escape(title))]
+    parts = [PAGE.replace("TITLE", html.escape(title))]
     for name, rollouts in benchmarks.items():
-        shown = rollouts[: 100 * num_samples]
-        count = f"{len(shown) // num_samples} of {len(rollouts) // num_samples} problems"
+        num_problems = len(rollouts) // num_samples
+        listed = range(min(100, num_problems))
+        count = f"{len(listed)} of {num_problems} problems"
         parts.append(f"<h2>{html.escape(name)}: {count}</h2>\n")
-        for first in range(0, len(shown), num_samples):
-            group = shown[first : first + num_samples]
+        for problem in listed:
+            group = rollouts[problem * num_samples : (problem + 1) * num_samples]
             right = sum(rollout.verdict.correct for rollout in group)
             parts.append(
                 f"<details><summary>{right}/{num_samples} right: "
@@ -402,30 +315,16 @@ def main(args: Args) -> None:
     if args.compare:
         compare(args.compare)
         return
-    check_ranges(args, zero_allowed=("temperature",))
-    check(0 < args.top_p <= 1, f"--top_p is {args.top_p}; it must be above 0 and at most 1")
-    check(len(args.benchmarks) > 0, "--benchmarks needs a value, for example toy or math500")
-    stems = {Path(name).stem for name in args.benchmarks}
-    check(len(stems) == len(args.benchmarks), "two --benchmarks have one file name; rename one")
-    folder, device = Path(args.output_dir), join_ranks(args)
+    check_args(args)
+    device = join_ranks(args)
     backend = resolve_backend(args, device)
     check_lengths(args, args.model)
     tokenizer = load_tokenizer(args.model, chat_template=args.chat_template)
-    prompts = {}
-    for name in args.benchmarks:
-        problems = data.load_evaluation_problems(name)[: args.num_problems]
-        prompts[name] = data.render_prompts(tokenizer, problems, args)
-        check(
-            len(prompts[name]) == len(problems),
-            f"{len(problems) - len(prompts[name])} prompts of {name} are over --max_prompt_tokens "
-            f"{args.max_prompt_tokens}; raise it: all problems of a benchmark count",
-        )
-    fingerprints = {
-        name: data.fingerprint(tokenizer, asked, args) for name, asked in prompts.items()
-    }
+    prompts = {name: benchmark_prompts(name, tokenizer, args) for name in args.benchmarks}
     config = {"script": "evaluate", **vars(args), **on_first_rank(lambda: inputs_of(args))}
     config["template_fingerprint"] = data.template_fingerprint(tokenizer, args.thinking)
-    config["fingerprints"] = fingerprints
+    config["fingerprints"] = {n: data.fingerprint(tokenizer, p, args) for n, p in prompts.items()}
+    folder = Path(args.output_dir)
     if rank() == 0:
         claim_folder(folder, config)
         _lock = lock_folder(folder)
@@ -441,27 +340,44 @@ def main(args: Args) -> None:
     results, samples, k = {}, {}, args.num_samples
     with Verifier() as verifier:
         for number, (name, asked) in enumerate(prompts.items()):
-            path, seed = folder / "samples" / f"{Path(name).stem}.jsonl", (args.seed, number)
-            sampled = sample_benchmark(engine, verifier, asked, args, seed, path)
+            path = folder / "samples" / f"{Path(name).stem}.jsonl"
+            sampled = sample_benchmark(engine, verifier, asked, args, (args.seed, number), path)
             votes = on_first_rank(lambda rows=sampled: majority_votes(verifier, rows, k))
             results[name], samples[name] = summarise(sampled, votes, k), sampled
             print(describe(name, results[name]))
-
     if rank() == 0:
-        page = samples_page(args.model, samples, k)
         with writing(folder):
-            write_atomic(folder / "samples.html", page)
+            write_atomic(folder / "samples.html", samples_page(args.model, samples, k))
             settings = {k: v for k, v in vars(args).items() if k not in MAY_DIFFER}
             saved = {"model": args.model, "args": settings, "benchmarks": results}
             write_json(folder / "results.json", saved)
 
 
+def check_args(args: Args) -> None:
+    check_ranges(args, zero_allowed=("temperature",))
+    check(0 < args.top_p <= 1, f"--top_p is {args.top_p}; it must be above 0 and at most 1")
+    check(args.benchmarks, "--benchmarks needs a value, for example toy or math500")
+    file_names = {Path(name).stem for name in args.benchmarks}
+    same = len(file_names) < len(args.benchmarks)
+    check(not same, "two --benchmarks have one file name; rename one")
+
+
+def benchmark_prompts(name: str, tokenizer, args: Args) -> list[data.Prompt]:
+    problems = data.load_evaluation_problems(name)[: args.num_problems]
+    prompts = data.render_prompts(tokenizer, problems, args)
+    too_long = len(problems) - len(prompts)
+    check(
+        too_long == 0,
+        f"{too_long} prompts of {name} are over --max_prompt_tokens {args.max_prompt_tokens}; "
+        "raise it: all problems of a benchmark count",
+    )
+    return prompts
+
+
 def describe(name: str, result: dict) -> str:
     k, (low, high) = result["num_samples"], result["accuracy_interval"]
-    others = ", ".join(
-        f"{outcome} {result[f'rollout/{outcome}']:.1%}"
-        for outcome in ("wrong", "no_answer", "timeout", "crash", "truncated")
-    )
+    outcomes = ("wrong", "no_answer", "timeout", "crash", "truncated")
+    others = ", ".join(f"{kind} {result[f'rollout/{kind}']:.1%}" for kind in outcomes)
     return (
         f"{name}: avg@{k} {result['accuracy']:.1%} [{low:.1%}, {high:.1%}] over "
         f"{result['num_problems']} problems, pass@{k} {result['pass_at'][k]:.1%}, "

@@ -24,51 +24,26 @@ V vocabulary, D hidden size.
         --micro_batch_tokens 8192 --output_dir runs/grpo-1.7b                         # on a GPU
 """
 
-import math
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
-import memory
-from common import data, logprob
-from common.model import (
-    DTYPES,
-    check_lengths,
-    clip_grad_norm,
-    forward_flops,
-    keep_gradients,
-    load_for_training,
-    load_tokenizer,
-)
-from common.rollout import (
-    Rollout,
-    make_engine,
-    resolve_backend,
-    rollout_metrics,
-    sample_and_verify,
-)
-from common.run import (
-    Clock,
-    Run,
-    check,
-    check_ranges,
-    gather,
-    join_ranks,
-    max_over_ranks,
-    mean,
-    rank,
-    start,
-    sum_dicts_over_ranks,
-    sum_over_ranks,
-)
-from common.verifier import Verifier
-
-WATCHED = ("rollout/accuracy", "rollout/length")  # what the progress bar shows
+from common import data
+from common.errors import check
+from common.head import chunked_backward, frozen_hidden_states, head_logprobs
+from common.logprob import token_logprobs
+from common.model import check_lengths, load_for_training, load_tokenizer
+from common.ranks import gather, join_ranks, max_over_ranks, sum_dicts_over_ranks, sum_over_ranks
+from common.rollout import Rollout
+from common.run import Run, check_training, mean, start_training
+from common.sampler import Sampler
+from common.sharding import accumulating, clip_grad_norm, device_of
+from common.vllm_engine import resolve_backend
 
 # === arguments ===
 
@@ -93,7 +68,7 @@ class Args:
     dry_run: bool = False
     """print how much memory it takes, and stop"""
     gpu_memory_gb: float | None = None
-    """of the GPU that --dry_run plans for; by itself the one that is there"""
+    """of the GPU that --dry_run plans for; default: the one that is there"""
 
     # --- model ---
     model: str = "toy/teacher"
@@ -115,19 +90,19 @@ class Args:
     split: Literal["all", "1H", "2H"] = "all"
     """all problems, or one of two fixed halves"""
     problem_column: str | None = None
-    """the problem's column, if it is not found by itself"""
+    """the problem's column; default: found by its usual names"""
     answer_column: str | None = None
-    """the answer's column, if it is not found by itself"""
+    """the answer's column; default: found by its usual names"""
     eval_dataset: str = "toy"
     """what --eval_every evaluates on: toy (held out), a benchmark or a file"""
     decontaminate: tuple[str, ...] | None = None
-    """evaluation sets whose problems are removed; by itself every benchmark, for a hub dataset"""
+    """sets whose problems are removed; default: for a hub dataset every benchmark, else none"""
     max_prompt_tokens: int = 128
     """longer prompts are dropped"""
     thinking: bool = False
     """thinking mode of the chat template"""
     chat_template: str | None = None
-    """a model whose chat template is used; by itself the model's own"""
+    """a model whose chat template is used; default: the model's own"""
 
     # --- rollouts ---
     prompts_per_step: int = 16
@@ -155,7 +130,7 @@ class Args:
     stop_at_flops: float = 0.0
     """end after the step that reaches this many FLOPs, the teacher's included; 0 is off"""
     learning_rate: float | None = None
-    """AdamW's peak rate; 2e-4 on the toy, to be set for any other model"""
+    """AdamW's peak rate; default: 2e-4 on the toy, none for other models"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """what follows the warmup"""
     warmup_steps: int = 10
@@ -166,6 +141,10 @@ class Args:
     """gradient clipping"""
     skip_nonfinite: bool = False
     """leave out updates with a loss or gradient that is not finite, instead of stopping"""
+    num_epochs: int = 1
+    """passes over each step's rollouts"""
+    num_minibatches: int = 1
+    """optimizer steps per pass"""
     micro_batch_tokens: int = 4096
     """tokens per forward and backward, padding included; a longer sequence goes alone"""
     chunk_size: int = 2048
@@ -182,10 +161,6 @@ class Args:
     """divide the advantage by the group's standard deviation, or not (Dr. GRPO)"""
     loss_agg: Literal["token", "sequence", "dr_grpo"] = "token"
     """Z: loss tokens; sequences of equal weight; or N * max_new_tokens"""
-    num_epochs: int = 1
-    """passes over each step's rollouts"""
-    num_minibatches: int = 1
-    """optimizer steps per pass"""
     dynamic_sampling: bool = False
     """replace groups whose outcomes all agree (DAPO)"""
     max_refills: int = 3
@@ -200,21 +175,10 @@ class Args:
             self.learning_rate = 2e-4
 
 
-def check_args(args: Args) -> None:
-    check_ranges(args)
-    check(args.learning_rate is not None, f"set --learning_rate for {args.model} (the paper: 1e-6)")
-    check(args.group_size > 1, "--group_size 1 has nothing to compare a reward with; use 2 or more")
-    rows = args.prompts_per_step * args.group_size
-    check(
-        args.num_minibatches <= rows,
-        f"--num_minibatches {args.num_minibatches} exceeds the {rows} rollouts of a step",
-    )
-
-
 # === score ===
 
 
-def score(rollouts: list[Rollout], args: Args) -> None:
+def set_advantages(rollouts: list[Rollout], args: Args) -> None:
     """Set each rollout's advantage and loss weight. Groups whose rewards agree get exactly 0."""
     rewards = torch.tensor([float(rollout.verdict.correct) for rollout in rollouts])
     rewards = rewards.view(-1, args.group_size)  # [P, G]
@@ -227,12 +191,30 @@ def score(rollouts: list[Rollout], args: Args) -> None:
         rollout.advantage, rollout.weight = advantage, 0.0 if masked else 1 / length
 
 
-def denominator_of(rollouts: list[Rollout], args: Args) -> float:
-    """Z of one optimizer step, over all ranks."""
-    if args.loss_agg == "dr_grpo":
-        return float(sum_over_ranks(len(rollouts)) * args.max_new_tokens)
-    kept = [len(rollout.completion_ids) for rollout in rollouts if rollout.weight > 0]
-    return float(max(1, sum_over_ranks(sum(kept) if args.loss_agg == "token" else len(kept))))
+def set_logprobs(name: str, model, rollouts: list[Rollout], args: Args) -> None:
+    """Set each rollout's `name` (old_logprobs, ref_logprobs) to `model`'s log-probs of it."""
+    for batch in micro_batches(rollouts, args.micro_batch_tokens, device_of(model)):
+        hidden = frozen_hidden_states(model, batch.input_ids, batch.mask)
+        logprobs = head_logprobs(hidden, model, batch.tokens, args.temperature, args.chunk_size)
+        lengths = [len(rollout.completion_ids) for rollout in batch.rollouts]
+        for rollout, of_rollout in zip(batch.rollouts, logprobs.split(lengths), strict=True):
+            setattr(rollout, name, of_rollout)
+
+
+def draw_groups(sampler: Sampler, step: int, args: Args) -> tuple[list[Rollout], dict[str, float]]:
+    """A step's rollouts, and metrics of them. With --dynamic_sampling, groups whose outcomes all
+    agree are drawn again, up to --max_refills times."""
+    rollouts: list[Rollout] = []
+    for refill in range(args.max_refills + 1):
+        missing = args.prompts_per_step - sum_over_ranks(len(rollouts)) // args.group_size
+        drawn = sampler.draw(missing, (args.seed, step, refill))
+        keep_all = not args.dynamic_sampling or refill == args.max_refills
+        rollouts += drawn if keep_all else mixed_groups(drawn, args.group_size)
+        if sum_over_ranks(len(rollouts)) == args.prompts_per_step * args.group_size:
+            break
+    mixed = sum_over_ranks(len(mixed_groups(rollouts, args.group_size)))
+    share = mixed / sum_over_ranks(len(rollouts))
+    return rollouts, {"rollout/refills": refill, "rollout/mixed_groups": share}
 
 
 def mixed_groups(rollouts: list[Rollout], group_size: int) -> list[Rollout]:
@@ -260,7 +242,7 @@ def loss_fn(
     `old_logprobs` None: the policy has not moved since it sampled, so the ratio is 1 (its gradient
     is not 0). Returns the weighted sum and the unweighted sums of what is logged.
     """
-    logprobs, entropy = logprob.token_logprobs(logits, tokens, args.temperature, True)
+    logprobs, entropy = token_logprobs(logits, tokens, args.temperature, True)
     old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
@@ -282,7 +264,18 @@ def loss_fn(
     return (weights * loss).sum(), metrics
 
 
-# === micro-batches ===
+# === minibatches and micro-batches ===
+
+
+def minibatches(rollouts: list[Rollout], step: int, args: Args) -> Iterator[list[Rollout]]:
+    """This rank's part of each minibatch; the same shuffled passes at any number of ranks."""
+    rollout_of = {rollout.key: rollout for rollout in rollouts}
+    keys = sorted(gather(list(rollout_of)))
+    for epoch in range(args.num_epochs):
+        shuffled = random.Random(f"{args.seed}-{step}-{epoch}").sample(keys, len(keys))
+        for first in range(args.num_minibatches):
+            part = shuffled[first :: args.num_minibatches]
+            yield [rollout_of[key] for key in part if key in rollout_of]
 
 
 @dataclass
@@ -325,93 +318,59 @@ def micro_batches(
 # === gradients ===
 
 
-def minibatches(rollouts: list[Rollout], seed: tuple, args: Args) -> list[list[Rollout]]:
-    """This rank's part of each minibatch of a shuffled pass, which are the same at any number of
-    ranks."""
-    own = {rollout.key: rollout for rollout in rollouts}
-    keys = sorted(gather(list(own)))
-    shuffled = random.Random("-".join(map(str, seed))).sample(keys, len(keys))
-    parts = [shuffled[first :: args.num_minibatches] for first in range(args.num_minibatches)]
-    return [[own[key] for key in part if key in own] for part in parts]
+def backward(model, rollouts: list[Rollout], args: Args) -> dict[str, float]:
+    """Add the gradients of one optimizer step to .grad; returns its metrics, means over tokens.
 
-
-def with_gradient(rollouts: list[Rollout], ref_model) -> list[Rollout]:
-    """Without a KL term an advantage of 0 has no gradient: its tokens count in Z only."""
-    return [r for r in rollouts if r.weight > 0 and (r.advantage != 0 or ref_model is not None)]
-
-
-def backward(model, ref_model, rollouts: list[Rollout], args: Args) -> dict[str, float]:
-    """Add the gradients of one optimizer step to .grad; returns its metrics, means over tokens."""
-    dtype, denominator = DTYPES[args.dtype], denominator_of(rollouts, args)
-    trained = with_gradient(rollouts, ref_model)
-    num_tokens = sum_over_ranks(sum(len(rollout.completion_ids) for rollout in trained))
-    sums = {"loss": 0.0}
-    batches = list(micro_batches(trained, args.micro_batch_tokens, logprob.device_of(model)))
-    for number, batch in enumerate(batches, 1):
-        keep_gradients(model, args.keep_gradients and number < len(batches))
-        hidden = logprob.hidden_states(model, batch.input_ids, batch.mask, dtype)
+    Of all micro-batches and ranks together, what
+    `(loss_fn(model(ids).logits[mask], ...)[0] / denominator).backward()` does:
+    tests/test_losses.py, test_grpo_backward.
+    """
+    denominator = denominator_of(rollouts, args)
+    rollouts = with_gradient(rollouts, args)
+    num_tokens = max(1, sum_over_ranks(sum(len(rollout.completion_ids) for rollout in rollouts)))
+    chunk_loss = partial(loss_fn, args=args)
+    sums = Counter(loss=0.0)
+    batches = micro_batches(rollouts, args.micro_batch_tokens, device_of(model))
+    for batch in accumulating(model, batches, args):
         inputs = {
             "tokens": batch.tokens,
-            "advantages": spread(batch, "advantage"),
-            "weights": spread(batch, "weight"),
-            "rollout_logprobs": joined(batch, "logprobs"),
-            "old_logprobs": joined(batch, "old_logprobs"),
-            "ref_logprobs": None,
+            "advantages": per_token(batch, "advantage"),
+            "weights": per_token(batch, "weight"),
+            "rollout_logprobs": per_token(batch, "logprobs"),
+            "old_logprobs": per_token(batch, "old_logprobs"),
+            "ref_logprobs": per_token(batch, "ref_logprobs"),
         }
-        if ref_model is not None:
-            inputs["ref_logprobs"] = frozen_logprobs(ref_model, batch, args)
-        chunk_loss = partial(loss_fn, args=args)
-        head_sums = logprob.head_backward(
-            hidden, model, chunk_loss, inputs, denominator, args.chunk_size
+        head_sums = chunked_backward(
+            model, batch.input_ids, batch.mask, chunk_loss, inputs, denominator, args.chunk_size
         )
-        for name, value in head_sums.items():  # none of an empty micro-batch
-            sums[name] = sums.get(name, 0.0) + value
+        sums.update(head_sums)
     sums = sum_dicts_over_ranks(sums)
     loss = sums.pop("loss") / denominator
     return {"loss/total": loss} | {name: value / num_tokens for name, value in sums.items()}
 
 
-def spread(batch: MicroBatch, name: str) -> torch.Tensor:
-    """A number of each rollout -> one a loss token, float32 [N]."""
-    values = [[getattr(row, name)] * len(row.completion_ids) for row in batch.rollouts]
-    return torch.tensor([value for row in values for value in row]).to(batch.tokens.device)
+def denominator_of(rollouts: list[Rollout], args: Args) -> float:
+    """Z of one optimizer step, over all ranks."""
+    if args.loss_agg == "dr_grpo":
+        return float(sum_over_ranks(len(rollouts)) * args.max_new_tokens)
+    kept = [len(rollout.completion_ids) for rollout in rollouts if rollout.weight > 0]
+    return float(max(1, sum_over_ranks(sum(kept) if args.loss_agg == "token" else len(kept))))
 
 
-def joined(batch: MicroBatch, name: str) -> torch.Tensor | None:
-    """A tensor [T] of each rollout -> one a loss token, [N]; None if they have none."""
-    values = [getattr(row, name) for row in batch.rollouts]
+def with_gradient(rollouts: list[Rollout], args: Args) -> list[Rollout]:
+    """Without a KL term an advantage of 0 has no gradient: its tokens count in Z only."""
+    return [r for r in rollouts if r.weight > 0 and (r.advantage != 0 or args.kl_coef > 0)]
+
+
+def per_token(batch: MicroBatch, name: str) -> torch.Tensor | None:
+    """A number of each rollout, or a tensor [T] of one for each of its tokens -> one a loss token,
+    float32 [N]; None if they have none."""
+    values = [getattr(rollout, name) for rollout in batch.rollouts]
     if not values or values[0] is None:
         return None
-    return torch.cat([value.to(batch.tokens.device) for value in values])
-
-
-@torch.no_grad()
-def frozen_logprobs(model, batch: MicroBatch, args: Args) -> torch.Tensor:
-    """Log-probs [N] of a micro-batch's loss tokens, without gradient."""
-    hidden = logprob.hidden_states(model, batch.input_ids, batch.mask, DTYPES[args.dtype])
-    return logprob.head_logprobs(hidden, model, batch.tokens, args.temperature, args.chunk_size)
-
-
-def set_old_logprobs(model, rollouts: list[Rollout], args: Args) -> None:
-    """The trainer's own log-probs of each rollout, before the first of several updates on it."""
-    for batch in micro_batches(rollouts, args.micro_batch_tokens, logprob.device_of(model)):
-        lengths = [len(rollout.completion_ids) for rollout in batch.rollouts]
-        logprobs = frozen_logprobs(model, batch, args).split(lengths)
-        for rollout, row_logprobs in zip(batch.rollouts, logprobs, strict=True):
-            rollout.old_logprobs = row_logprobs
-
-
-# === schedule ===
-
-
-def learning_rate_at(step: int, args: Args) -> float:
-    """The rate of step 1, 2, ...: linear warmup, then constant or down to 0 after the last."""
-    if step <= args.warmup_steps:
-        return args.learning_rate * step / args.warmup_steps
-    left = (args.num_steps - step + 1) / (args.num_steps - args.warmup_steps)
-    cosine = 0.5 - 0.5 * math.cos(math.pi * left)
-    factor = {"constant": 1.0, "linear": left, "cosine": cosine}[args.lr_schedule]
-    return args.learning_rate * factor
+    lengths = [len(rollout.completion_ids) for rollout in batch.rollouts]
+    pairs = zip(values, lengths, strict=True)
+    return torch.cat([torch.as_tensor(v).expand(n).to(batch.tokens.device) for v, n in pairs])
 
 
 # === main ===
@@ -419,11 +378,8 @@ def learning_rate_at(step: int, args: Args) -> float:
 
 def main(args: Args) -> None:
     # --- setup ---
-    check_args(args)
-    if args.dry_run:
-        frozen = [args.model] if args.kl_coef > 0 else []
-        memory.print_plan(args, args.model, frozen, sampled=args.model)
-        return
+    check_training(args)
+    check(args.group_size > 1, "--group_size 1 has nothing to compare a reward with; use 2 or more")
     device = join_ranks(args)
     backend = resolve_backend(args, device)
     torch.manual_seed(args.seed)
@@ -432,98 +388,53 @@ def main(args: Args) -> None:
 
     # --- data ---
     dataset = data.training_prompts(tokenizer, args)
-    stream = data.Stream(dataset, args.seed)
-    eval_prompts = data.evaluation_prompts(tokenizer, args) if args.eval_every else []
+    eval_prompts = data.evaluation_prompts(tokenizer, args)
 
     # --- model ---
-    run = Run(__file__, args, data.fingerprint(tokenizer, dataset, args))
+    run = Run(__file__, args, tokenizer, dataset)
     if run.finished:
         return
     model = load_for_training(args.model, args, device, trainable=True)
     ref_model = load_for_training(args.model, args, device) if args.kl_coef > 0 else None
-    parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
-        parameters, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
+        model.parameters(), betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
     run.restore(model, optimizer)
-    engine = eval_engine = make_engine(backend, model, tokenizer, dataset, args)
+    sampler = Sampler(backend, model, model, tokenizer, dataset, eval_prompts, run)
 
     # --- loop ---
-    verifier = Verifier()
-    bar = tqdm(total=args.num_steps, initial=run.progress.step, desc=run.script, disable=rank() > 0)
-    with run.guard(model, optimizer), verifier, bar:
-        for step in range(run.progress.step + 1, args.num_steps + 1):
-            if run.budget_is_spent():
-                break
-            clock = Clock()
-
-            # --- learning rate ---
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, args)
-
+    with run, sampler:
+        for step in run.steps():
             # --- generate ---
-            rollouts, sampled = [], []
-            for refill in range(args.max_refills + 1):
-                groups = sum_over_ranks(len(rollouts) // args.group_size)
-                missing = args.prompts_per_step - groups
-                prompts = stream.take(run.progress, missing)
-                seed = (args.seed, step, refill)
-                drawn = sample_and_verify(engine, verifier, prompts, args.group_size, args, seed)
-                sampled += drawn
-                keep_all = not args.dynamic_sampling or refill == args.max_refills
-                rollouts += drawn if keep_all else mixed_groups(drawn, args.group_size)
-                if sum_over_ranks(len(rollouts)) == args.prompts_per_step * args.group_size:
-                    break
-            metrics = rollout_metrics(sampled) | {"rollout/refills": refill}
-            engine.sleep()
-            clock.lap("generate")
-            run.begin_update()
+            run.phase("generate")
+            rollouts, metrics = draw_groups(sampler, step, args)
+            sampler.sleep()
 
             # --- score ---
-            score(rollouts, args)
-            mixed = sum_over_ranks(len(mixed_groups(rollouts, args.group_size)))
-            metrics["rollout/mixed_groups"] = mixed / sum_over_ranks(len(rollouts))
+            run.phase("score")
+            set_advantages(rollouts, args)
+            if ref_model is not None:
+                set_logprobs("ref_logprobs", ref_model, with_gradient(rollouts, args), args)
             if args.num_epochs * args.num_minibatches > 1:
-                set_old_logprobs(model, rollouts, args)
-            clock.lap("score")
+                set_logprobs("old_logprobs", model, rollouts, args)
 
             # --- update ---
+            run.phase("update")
             updates = []
-            for epoch in range(args.num_epochs):
-                for minibatch in minibatches(rollouts, (args.seed, step, epoch), args):
-                    update = backward(model, ref_model, minibatch, args)
-                    grad_norm = clip_grad_norm(parameters, args.max_grad_norm)
-                    if run.is_finite(update["loss/total"], grad_norm.item(), minibatch):
-                        optimizer.step()
-                    optimizer.zero_grad()
-                    updates.append(update | {"optim/grad_norm": grad_norm.item()})
-            metrics |= mean(updates)
-            run.progress.flops += forward_flops(model, sampled, shared=args.group_size)
-            passes = args.num_epochs * (3 if ref_model is None else 4)
-            run.progress.flops += passes * forward_flops(model, with_gradient(rollouts, ref_model))
-            if args.num_epochs * args.num_minibatches > 1:
-                run.progress.flops += forward_flops(model, rollouts)
-            clock.lap("update")
+            for minibatch in minibatches(rollouts, step, args):
+                update = backward(model, minibatch, args)
+                grad_norm = clip_grad_norm(model, args.max_grad_norm)
+                if run.is_finite(update["loss/total"], grad_norm, minibatch):
+                    optimizer.step()
+                optimizer.zero_grad()
+                updates.append(update | {"optim/grad_norm": grad_norm})
 
-            # --- sync ---
-            metrics |= eval_engine.sync()
-            clock.lap("sync")
-
-            # --- log ---
-            run.progress.add_step(rollouts=sampled)
-            metrics["optim/learning_rate"] = learning_rate_at(step, args)
-            metrics |= clock.metrics()
-            bar.set_postfix({name: f"{metrics[name]:.3f}" for name in WATCHED}, refresh=False)
-            bar.update()
-
-            # --- evaluate and checkpoint ---
-            if args.eval_every and (step % args.eval_every == 0 or step == args.num_steps):
-                seed = (args.seed, 0)
-                evaluated = sample_and_verify(eval_engine, verifier, eval_prompts, 1, args, seed)
-                metrics["eval/accuracy"] = rollout_metrics(evaluated)["rollout/accuracy"]
-            run.end_step(metrics, sampled, model, optimizer)
-    run.finish(model, tokenizer)
+            # --- sync, evaluate, log ---
+            run.phase("sync")
+            metrics |= mean(updates) | sampler.sync() | sampler.evaluate(step)
+            run.log(metrics)
+    run.finish(tokenizer)
 
 
 if __name__ == "__main__":
-    start(main, Args, __doc__)
+    start_training(main, Args, __doc__)

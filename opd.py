@@ -13,6 +13,8 @@ What to know:
   token, detached. Its expected gradient is the full reverse KL's; its variance is far larger.
 - --estimator topk compares the student's k likeliest tokens and one bucket for all others. That
   tail needs its own logsumexp: without a bucket, mass leaves the top k; log(1 - sum) cancels.
+- --rollouts FILE compares the two at given completions, and samples nothing: dense supervision
+  where somebody else has been ("semi-on-policy" distillation, arXiv 2610.11291).
 
 Shape key: P prompts per step, G completions per prompt, N = P·G sequences, T tokens,
 V vocabulary, D hidden size.
@@ -25,47 +27,25 @@ V vocabulary, D hidden size.
 """
 
 import math
+import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
-import memory
-from common import data, logprob
-from common.model import (
-    DTYPES,
-    check_lengths,
-    clip_grad_norm,
-    forward_flops,
-    keep_gradients,
-    load_for_training,
-    load_tokenizer,
-    share_end_ids,
-)
-from common.rollout import (
-    Rollout,
-    make_engine,
-    resolve_backend,
-    rollout_metrics,
-    sample_and_verify,
-)
-from common.run import (
-    Clock,
-    Run,
-    check,
-    check_ranges,
-    join_ranks,
-    max_over_ranks,
-    rank,
-    start,
-    sum_dicts_over_ranks,
-    sum_over_ranks,
-)
-from common.verifier import Verifier
-
-WATCHED = ("policy/reverse_kl", "rollout/accuracy")  # what the progress bar shows
+from common import data
+from common.errors import check
+from common.head import chunked_backward, frozen_hidden_states, head_weight
+from common.logprob import kl_divergence, transfer_metrics
+from common.model import check_lengths, load_for_training, load_tokenizer, share_end_ids
+from common.ranks import gather, join_ranks, max_over_ranks, sum_dicts_over_ranks, sum_over_ranks
+from common.rollout import Rollout, load_rollouts
+from common.run import Run, check_training, mean, start_training
+from common.sampler import Sampler
+from common.sharding import accumulating, clip_grad_norm, device_of
+from common.vllm_engine import resolve_backend
 
 # === arguments ===
 
@@ -90,7 +70,7 @@ class Args:
     dry_run: bool = False
     """print how much memory it takes, and stop"""
     gpu_memory_gb: float | None = None
-    """of the GPU that --dry_run plans for; by itself the one that is there"""
+    """of the GPU that --dry_run plans for; default: the one that is there"""
 
     # --- model ---
     model: str = "toy/student"
@@ -114,19 +94,19 @@ class Args:
     split: Literal["all", "1H", "2H"] = "all"
     """all problems, or one of two fixed halves"""
     problem_column: str | None = None
-    """the problem's column, if it is not found by itself"""
+    """the problem's column; default: found by its usual names"""
     answer_column: str | None = None
-    """the answer's column, if it is not found by itself"""
+    """the answer's column; default: found by its usual names"""
     eval_dataset: str = "toy"
     """what --eval_every evaluates on: toy (held out), a benchmark or a file"""
     decontaminate: tuple[str, ...] | None = None
-    """evaluation sets whose problems are removed; by itself every benchmark, for a hub dataset"""
+    """sets whose problems are removed; default: for a hub dataset every benchmark, else none"""
     max_prompt_tokens: int = 128
     """longer prompts are dropped"""
     thinking: bool = False
     """thinking mode of the chat template"""
     chat_template: str | None = None
-    """a model whose chat template is used; by itself the model's own"""
+    """a model whose chat template is used; default: the model's own"""
 
     # --- rollouts ---
     prompts_per_step: int = 16
@@ -154,7 +134,7 @@ class Args:
     stop_at_flops: float = 0.0
     """end after the step that reaches this many FLOPs, the teacher's included; 0 is off"""
     learning_rate: float | None = None
-    """AdamW's peak rate; 3e-4 on the toy, to be set for any other model"""
+    """AdamW's peak rate; default: 3e-4 on the toy, none for other models"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """what follows the warmup"""
     warmup_steps: int = 10
@@ -165,6 +145,10 @@ class Args:
     """gradient clipping"""
     skip_nonfinite: bool = False
     """leave out updates with a loss or gradient that is not finite, instead of stopping"""
+    num_epochs: int = 1
+    """passes over each step's rollouts"""
+    num_minibatches: int = 1
+    """optimizer steps per pass"""
     micro_batch_tokens: int = 4096
     """tokens per forward and backward, padding included; a longer sequence goes alone"""
     chunk_size: int = 2048
@@ -177,31 +161,23 @@ class Args:
     """whole vocabulary, the sampled token only, or the student's top k (reverse KL)"""
     topk_size: int = 16
     """k of --estimator topk"""
+    rollouts: str | None = None
+    """draw the completions of this .jsonl file instead of sampling"""
 
     def __post_init__(self) -> None:
         if self.learning_rate is None and self.model.startswith("toy/"):
             self.learning_rate = 3e-4
 
 
-def check_args(args: Args) -> None:
-    check_ranges(args)
-    check(args.learning_rate is not None, f"set --learning_rate for {args.model} (the paper: 1e-6)")
-    check(
-        args.estimator == "full" or args.divergence == "reverse_kl",
-        f"--estimator {args.estimator} is of the reverse KL; drop --divergence {args.divergence}",
-    )
-
-
 # === score ===
 
 
-@torch.no_grad()
-def score(teacher, batch: "MicroBatch", args: Args) -> torch.Tensor:
+def teacher_hidden(teacher, batch: "MicroBatch") -> torch.Tensor:
     """The teacher's hidden states [N, D_teacher] at a micro-batch's loss tokens.
 
     Not its logits: they would be [N, V]. Its head is applied chunk by chunk, beside the student's.
     """
-    return logprob.hidden_states(teacher, batch.input_ids, batch.mask, DTYPES[args.dtype])
+    return frozen_hidden_states(teacher, batch.input_ids, batch.mask)
 
 
 # === loss ===
@@ -210,44 +186,56 @@ def score(teacher, batch: "MicroBatch", args: Args) -> torch.Tensor:
 def loss_fn(
     logits: torch.Tensor, teacher_logits: torch.Tensor, tokens: torch.Tensor, args: Args
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The divergence summed over a slice of C tokens: both logits [C, V], tokens [C].
+    """The divergence summed over a slice of C tokens: both logits [C, V], tokens [C]. Returns the
+    sum and the sums of what is logged.
 
     A vocabulary padded beyond the other model's is cut to the shorter one.
     """
     size = min(logits.shape[-1], teacher_logits.shape[-1])
-    logq = (logits[:, :size].float() / args.temperature).log_softmax(-1)  # the student's
-    logp = (teacher_logits[:, :size].float() / args.temperature).log_softmax(-1)  # the teacher's
+    student = (logits[:, :size].float() / args.temperature).log_softmax(-1)
+    teacher = (teacher_logits[:, :size].float() / args.temperature).log_softmax(-1)
     if args.estimator == "sampled":
-        logprobs = logq.gather(-1, tokens[:, None]).squeeze(-1)
-        advantages = logp.gather(-1, tokens[:, None]).squeeze(-1) - logprobs.detach()
+        logprobs = student.gather(-1, tokens[:, None]).squeeze(-1)
+        advantages = teacher.gather(-1, tokens[:, None]).squeeze(-1) - logprobs.detach()
         # exp(x - x) is 1 with the gradient of x: the loss shown is the reverse KL's estimate.
         loss = -advantages * (logprobs - logprobs.detach()).exp()
     elif args.estimator == "topk":
-        loss = logprob.kl_divergence(*top_k_buckets(logq, logp, args.topk_size))
+        loss = kl_divergence(*top_k_buckets(student, teacher, args.topk_size))
     elif args.divergence == "reverse_kl":
-        loss = logprob.kl_divergence(logq, logp)
+        loss = kl_divergence(student, teacher)
     elif args.divergence == "forward_kl":
-        loss = logprob.kl_divergence(logp, logq)
+        loss = kl_divergence(teacher, student)
     else:
-        mixture = torch.logaddexp(logq, logp) - math.log(2)
-        loss = (logprob.kl_divergence(logq, mixture) + logprob.kl_divergence(logp, mixture)) / 2
-    return loss.sum(), logprob.transfer_metrics(logq.detach(), logp)
+        mixture = torch.logaddexp(student, teacher) - math.log(2)
+        loss = (kl_divergence(student, mixture) + kl_divergence(teacher, mixture)) / 2
+    return loss.sum(), transfer_metrics(student.detach(), teacher)
 
 
 def top_k_buckets(
-    logq: torch.Tensor, logp: torch.Tensor, k: int
+    student: torch.Tensor, teacher: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Student and teacher over the student's k likeliest tokens and one bucket of all others."""
-    top = logq.topk(min(k, logq.shape[-1] - 1)).indices  # the bucket must hold something
-    in_top = torch.zeros_like(logq, dtype=torch.bool).scatter(1, top, True)
+    top = student.topk(min(k, student.shape[-1] - 1)).indices  # the bucket must hold something
+    in_top = torch.zeros_like(student, dtype=torch.bool).scatter(1, top, True)
     buckets = [
         torch.cat([x.gather(1, top), x.masked_fill(in_top, -torch.inf).logsumexp(-1, True)], 1)
-        for x in (logq, logp)
+        for x in (student, teacher)
     ]
     return buckets[0], buckets[1]
 
 
-# === micro-batches ===
+# === minibatches and micro-batches ===
+
+
+def minibatches(rollouts: list[Rollout], step: int, args: Args) -> Iterator[list[Rollout]]:
+    """This rank's part of each minibatch; the same shuffled passes at any number of ranks."""
+    rollout_of = {rollout.key: rollout for rollout in rollouts}
+    keys = sorted(gather(list(rollout_of)))
+    for epoch in range(args.num_epochs):
+        shuffled = random.Random(f"{args.seed}-{step}-{epoch}").sample(keys, len(keys))
+        for first in range(args.num_minibatches):
+            part = shuffled[first :: args.num_minibatches]
+            yield [rollout_of[key] for key in part if key in rollout_of]
 
 
 @dataclass
@@ -291,41 +279,30 @@ def micro_batches(
 
 
 def backward(model, teacher, rollouts: list[Rollout], args: Args) -> dict[str, float]:
-    """Add the gradients of one optimizer step to .grad; returns its metrics, means over tokens."""
-    num_tokens = sum_over_ranks(sum(len(rollout.completion_ids) for rollout in rollouts))
-    dtype, denominator = DTYPES[args.dtype], max(1, num_tokens)
-    teacher_head = logprob.head_weight(teacher, dtype)
+    """Add the gradients of one optimizer step to .grad; returns its metrics, means over tokens.
+
+    Of all micro-batches and ranks together, what
+    `(loss_fn(model(ids).logits[mask], ...)[0] / denominator).backward()` does:
+    tests/test_losses.py, test_dense_backward.
+    """
+    num_tokens = max(1, sum_over_ranks(sum(len(rollout.completion_ids) for rollout in rollouts)))
+    denominator = num_tokens
+    teacher_head = head_weight(teacher, teacher.dtype)
 
     def chunk_loss(logits: torch.Tensor, teacher_hidden: torch.Tensor, tokens: torch.Tensor):
         return loss_fn(logits, teacher_hidden @ teacher_head.T, tokens, args)
 
-    sums = {"loss": 0.0}
-    batches = list(micro_batches(rollouts, args.micro_batch_tokens, logprob.device_of(model)))
-    for number, batch in enumerate(batches, 1):
-        keep_gradients(model, args.keep_gradients and number < len(batches))
-        hidden = logprob.hidden_states(model, batch.input_ids, batch.mask, dtype)
-        inputs = {"teacher_hidden": score(teacher, batch, args), "tokens": batch.tokens}
-        head_sums = logprob.head_backward(
-            hidden, model, chunk_loss, inputs, denominator, args.chunk_size
+    sums = Counter(loss=0.0)
+    batches = micro_batches(rollouts, args.micro_batch_tokens, device_of(model))
+    for batch in accumulating(model, batches, args):
+        inputs = {"tokens": batch.tokens, "teacher_hidden": teacher_hidden(teacher, batch)}
+        head_sums = chunked_backward(
+            model, batch.input_ids, batch.mask, chunk_loss, inputs, denominator, args.chunk_size
         )
-        for name, value in head_sums.items():  # none of an empty micro-batch
-            sums[name] = sums.get(name, 0.0) + value
+        sums.update(head_sums)
     sums = sum_dicts_over_ranks(sums)
     loss = sums.pop("loss") / denominator
-    return {"loss/total": loss} | {name: value / denominator for name, value in sums.items()}
-
-
-# === schedule ===
-
-
-def learning_rate_at(step: int, args: Args) -> float:
-    """The rate of step 1, 2, ...: linear warmup, then constant or down to 0 after the last."""
-    if step <= args.warmup_steps:
-        return args.learning_rate * step / args.warmup_steps
-    left = (args.num_steps - step + 1) / (args.num_steps - args.warmup_steps)
-    cosine = 0.5 - 0.5 * math.cos(math.pi * left)
-    factor = {"constant": 1.0, "linear": left, "cosine": cosine}[args.lr_schedule]
-    return args.learning_rate * factor
+    return {"loss/total": loss} | {name: value / num_tokens for name, value in sums.items()}
 
 
 # === main ===
@@ -333,10 +310,11 @@ def learning_rate_at(step: int, args: Args) -> float:
 
 def main(args: Args) -> None:
     # --- setup ---
-    check_args(args)
-    if args.dry_run:
-        memory.print_plan(args, args.model, [args.teacher], sampled=args.model)
-        return
+    check_training(args)
+    check(
+        args.estimator == "full" or args.divergence == "reverse_kl",
+        f"--estimator {args.estimator} is of the reverse KL; drop --divergence {args.divergence}",
+    )
     device = join_ranks(args)
     backend = resolve_backend(args, device)
     torch.manual_seed(args.seed)
@@ -345,79 +323,48 @@ def main(args: Args) -> None:
 
     # --- data ---
     dataset = data.training_prompts(tokenizer, args)
-    stream = data.Stream(dataset, args.seed)
-    eval_prompts = data.evaluation_prompts(tokenizer, args) if args.eval_every else []
+    if args.rollouts:
+        dataset = load_rollouts(tokenizer, dataset, args)
+    eval_prompts = data.evaluation_prompts(tokenizer, args)
 
     # --- model ---
-    run = Run(__file__, args, data.fingerprint(tokenizer, dataset, args))
+    run = Run(__file__, args, tokenizer, dataset)
     if run.finished:
         return
     model = load_for_training(args.model, args, device, trainable=True)
     teacher = load_for_training(args.teacher, args, device)
     share_end_ids(tokenizer, model, teacher)
-    parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
-        parameters, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
+        model.parameters(), betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
     run.restore(model, optimizer)
-    engine = eval_engine = make_engine(backend, model, tokenizer, dataset, args)
+    sampler = Sampler(backend, model, model, tokenizer, dataset, eval_prompts, run)
 
     # --- loop ---
-    verifier = Verifier()
-    bar = tqdm(total=args.num_steps, initial=run.progress.step, desc=run.script, disable=rank() > 0)
-    with run.guard(model, optimizer), verifier, bar:
-        for step in range(run.progress.step + 1, args.num_steps + 1):
-            if run.budget_is_spent():
-                break
-            clock = Clock()
-
-            # --- learning rate ---
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, args)
-
+    with run, sampler:
+        for step in run.steps():
             # --- generate ---
-            prompts = stream.take(run.progress, args.prompts_per_step)
-            seed = (args.seed, step)
-            sampled = sample_and_verify(engine, verifier, prompts, args.group_size, args, seed)
-            metrics = rollout_metrics(sampled)
-            engine.sleep()
-            clock.lap("generate")
-            run.begin_update()
-
-            # --- score ---
-            # A micro-batch at a time, inside `backward`: a step's teacher states would not fit.
+            run.phase("generate")
+            rollouts, metrics = sampler.draw(args.prompts_per_step, (args.seed, step)), {}
+            sampler.sleep()
 
             # --- update ---
-            metrics |= backward(model, teacher, sampled, args)
-            grad_norm = clip_grad_norm(parameters, args.max_grad_norm)
-            metrics["optim/grad_norm"] = grad_norm.item()
-            if run.is_finite(metrics["loss/total"], grad_norm.item(), sampled):
-                optimizer.step()
-            optimizer.zero_grad()
-            run.progress.flops += forward_flops(model, sampled, shared=args.group_size)
-            run.progress.flops += 3 * forward_flops(model, sampled)
-            run.progress.teacher_flops += forward_flops(teacher, sampled)
-            clock.lap("update")
+            run.phase("update")
+            updates = []
+            for minibatch in minibatches(rollouts, step, args):
+                update = backward(model, teacher, minibatch, args)
+                grad_norm = clip_grad_norm(model, args.max_grad_norm)
+                if run.is_finite(update["loss/total"], grad_norm, minibatch):
+                    optimizer.step()
+                optimizer.zero_grad()
+                updates.append(update | {"optim/grad_norm": grad_norm})
 
-            # --- sync ---
-            metrics |= eval_engine.sync()
-            clock.lap("sync")
-
-            # --- log ---
-            run.progress.add_step(rollouts=sampled)
-            metrics["optim/learning_rate"] = learning_rate_at(step, args)
-            metrics |= clock.metrics()
-            bar.set_postfix({name: f"{metrics[name]:.3f}" for name in WATCHED}, refresh=False)
-            bar.update()
-
-            # --- evaluate and checkpoint ---
-            if args.eval_every and (step % args.eval_every == 0 or step == args.num_steps):
-                seed = (args.seed, 0)
-                evaluated = sample_and_verify(eval_engine, verifier, eval_prompts, 1, args, seed)
-                metrics["eval/accuracy"] = rollout_metrics(evaluated)["rollout/accuracy"]
-            run.end_step(metrics, sampled, model, optimizer)
-    run.finish(model, tokenizer)
+            # --- sync, evaluate, log ---
+            run.phase("sync")
+            metrics |= mean(updates) | sampler.sync() | sampler.evaluate(step)
+            run.log(metrics)
+    run.finish(tokenizer)
 
 
 if __name__ == "__main__":
-    start(main, Args, __doc__)
+    start_training(main, Args, __doc__)

@@ -20,9 +20,11 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from common.fingerprint import ROOT
+from common.folder import machine
+from common.memory import config_of
 from common.model import load_tokenizer
-from common.run import ROOT, machine, start
-from memory import config_of
+from common.start import start
 
 
 @dataclass

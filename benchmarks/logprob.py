@@ -15,8 +15,10 @@ from typing import Literal
 import torch
 
 from common import logprob
-from common.model import DTYPES
-from common.run import resolve_device, start
+from common.head import _add_product, head_backward
+from common.ranks import resolve_device
+from common.sharding import DTYPES
+from common.start import start
 
 
 @dataclass
@@ -93,14 +95,14 @@ def head(args: Args, device: torch.device) -> None:
     def chunked() -> None:
         inputs = {"tokens": tokens}
         leaf = hidden.clone().requires_grad_()
-        logprob.head_backward(leaf, model, loss_fn, inputs, args.tokens, args.chunk_size)
+        head_backward(leaf, model, loss_fn, inputs, args.tokens, args.chunk_size)
 
     def products() -> None:
         """The same three for each chunk, and nothing else."""
         for chunk in hidden.split(args.chunk_size):
             logits = torch.mm(chunk, weight.T, out=room[: len(chunk)])
             gradient[: len(chunk)] = logits @ weight
-            logprob._add_product(model.weight.grad, logits, chunk)
+            _add_product(model.weight.grad, logits, chunk)
 
     extra = peak_bytes(chunked, device)  # the head's gradient included: it is made here
     pairs = [(seconds(products, device), seconds(chunked, device)) for _ in range(args.rounds)]

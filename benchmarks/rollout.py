@@ -15,9 +15,13 @@ from typing import Literal
 import torch
 
 from common import data
-from common.model import DTYPES, load_model, load_tokenizer
-from common.rollout import TorchEngine, make_engine, resolve_backend
-from common.run import resolve_device, start
+from common.model import load_model, load_tokenizer
+from common.ranks import resolve_device
+from common.sampler import make_engine
+from common.sharding import DTYPES
+from common.start import start
+from common.torch_engine import TorchEngine
+from common.vllm_engine import resolve_backend
 
 
 @dataclass

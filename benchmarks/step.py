@@ -13,10 +13,11 @@ from typing import Literal
 
 import torch
 
-import memory
+from common import memory
 from common.model import load_for_training
+from common.ranks import join_ranks, max_over_ranks, num_ranks, rank
 from common.rollout import Rollout
-from common.run import join_ranks, max_over_ranks, num_ranks, rank, start
+from common.start import start
 
 
 @dataclass
@@ -73,7 +74,11 @@ def main(args: Args) -> None:
     seconds = []
     for _ in range(args.steps):
         began = time.perf_counter()
-        module.backward(model, frozen, rollouts, flags)
+        if args.trainer == "grpo":
+            module.set_logprobs("ref_logprobs", frozen, rollouts, flags)
+            module.backward(model, rollouts, flags)
+        else:
+            module.backward(model, frozen, rollouts, flags)
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":

@@ -25,10 +25,10 @@ from typing import Literal
 
 import torch
 
-from common import data, rollout
-from common.fingerprint import model_path
+from common import data, sampler
+from common.fingerprint import ROOT, model_path
 from common.model import load_tokenizer
-from common.run import ROOT, start
+from common.start import start
 from common.verifier import Verdict, Verifier
 
 
@@ -102,7 +102,7 @@ def run_ours(args: Args) -> dict[str, list[float]]:
             for row in rollouts:
                 row.verdict = Verdict("correct" if coin(row.completion_ids) else "wrong")
 
-        rollout.verify = verify
+        sampler.verify = verify
     own = {"kl_coef": 0.0} if args.algorithm == "grpo" else {"teacher": teacher}
     module = {"grpo": grpo, "opd": opd}[args.algorithm]
     out = args.folder / f"ours-{time.time_ns()}"

@@ -6,13 +6,14 @@ A source is `toy`, a benchmark's name, a hub id (`owner/name` or `owner/name:con
 
 import hashlib
 import json
-import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.run import ROOT, Progress, UserError, check, one_line, rank
+from common.errors import UserError, check, one_line
+from common.fingerprint import ROOT
+from common.ranks import rank
 from common.verifier import Verifier, extract_answer
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -252,6 +253,10 @@ class Prompt:
     ids: list[int]
     opens_thought: bool = False  # the template has written <think>: the completion begins inside
 
+    @property
+    def identity(self) -> str:
+        return f"{self.ids}{self.problem.answer}"
+
 
 def prompt_text(tokenizer, problem: str, thinking: bool = False) -> str:
     """The chat template over problem and instruction, ready for the assistant's turn."""
@@ -304,41 +309,18 @@ def training_prompts(tokenizer, args) -> list[Prompt]:
 
 
 def evaluation_prompts(tokenizer, args) -> list[Prompt]:
-    """The prompts of a trainer's --eval_dataset."""
+    """The prompts of a trainer's --eval_dataset, if --eval_every is set."""
+    if not args.eval_every:
+        return []
     return render_prompts(tokenizer, load_evaluation_problems(args.eval_dataset), args)
 
 
-class Stream:
-    """Shuffled items without end. What comes next depends on the cursor alone, so that a resumed
-    run draws what the uninterrupted one would have drawn."""
-
-    def __init__(self, items: list, seed: int):
-        self.items, self.seed = items, seed
-
-    def take(self, progress: Progress, count: int) -> list:
-        """The next `count` items; moves progress.cursor past them."""
-        taken = []
-        for position in range(progress.cursor, progress.cursor + count):
-            epoch, index = divmod(position, len(self.items))
-            if index == 0 or not taken:
-                order = random.Random(f"{self.seed}-{epoch}").sample(self.items, len(self.items))
-            taken.append(order[index])
-        progress.cursor += count
-        return taken
-
-
-def fingerprint(
-    tokenizer, prompts: list[Prompt], args, rollouts: Sequence = ()
-) -> dict[str, object]:
-    """What a resumed run must find unchanged beside its Args: the data, and how it is put.
-
-    Prompts count as the token ids that they have become: a template may write today's date.
-    """
-    rows = "".join(f"{prompt.ids}{prompt.problem.answer}\n" for prompt in prompts)
-    rows += "".join(str(rollout.completion_ids) for rollout in rollouts)
+def fingerprint(tokenizer, dataset: Sequence, args) -> dict[str, object]:
+    """What a resumed run must find unchanged beside its Args: the data, prompts or given rollouts,
+    and how it is put. A template may write today's date, so prompts count as their token ids."""
     return {
-        "num_problems": len(prompts),
-        "prompts_fingerprint": _hash_of(rows),
+        "num_problems": len({item.problem for item in dataset}),
+        "prompts_fingerprint": _hash_of("".join(f"{item.identity}\n" for item in dataset)),
         "template_fingerprint": template_fingerprint(tokenizer, args.thinking),
     }
 

@@ -280,11 +280,11 @@ def _is_as_written(tree: Tree, text: str) -> bool:
     text = _MIXED.sub(_improper, _SUBSCRIPT.sub(" ", text))
     if _EAGER.search(text):
         return False
-    held = _numbers_of(tree)
+    in_tree = _numbers_of(tree)
     # Of `x \approx 12/4` the tree is the right side, of `1/3 \approx 0.3` the left one.
     parts = [_numerals_of(part) for part in text.split(r"\approx")]
     parts = [readings for readings in parts if any(readings)] or parts[:1]
-    return any(not reading - held for readings in parts for reading in readings)
+    return any(not reading - in_tree for readings in parts for reading in readings)
 
 
 def _numerals_of(text: str) -> list[Counter]:

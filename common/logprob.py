@@ -1,17 +1,9 @@
-"""Token log-probs, fused on a GPU, and the language-model head in chunks.
+"""Token log-probs and entropies, fused on a GPU, and what compares two distributions.
 
-With a vocabulary of 152k the logits are the memory wall of RL and distillation: those of 2,000
-tokens take 1.2 GB in float32, and a loss holds several such tensors. Here no tensor of
-[tokens, vocabulary] ever exists: `head_backward` cuts the hidden states from the graph, walks over
-them in chunks, and runs one backward through the body at the end.
-
-Shape key: N tokens of a micro-batch, C of a chunk, V vocabulary, D hidden size.
+Shape key: N tokens of a micro-batch, C of a chunk, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
-
 import torch
-from torch.distributed.tensor import DTensor, Partial
 
 try:
     import triton
@@ -234,158 +226,27 @@ def _backward_triton(
 # === divergences ===
 
 
-def kl_divergence(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) of each row, in nats: log-probs [C, V] -> [C]."""
-    return torch.linalg.vecdot(logp.exp(), logp - logq)
+def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of each row, in nats: log-probs [C, V] of p and q -> [C]."""
+    return torch.linalg.vecdot(p.exp(), p - q)
 
 
-def transfer_metrics(logq: torch.Tensor, logp: torch.Tensor) -> dict[str, torch.Tensor]:
+def transfer_metrics(student: torch.Tensor, teacher: torch.Tensor) -> dict[str, torch.Tensor]:
     """Sums over C tokens of what tells a healthy transfer from a failing one, in nats.
 
     Log-probs of student and teacher, [C, V] -> KL to the teacher both ways, the entropy and its gap
     to the teacher's, and the share of the teacher's 16 likeliest tokens among the student's 16.
     """
-    k = min(16, logq.shape[-1])
-    top, teacher_top = (x.topk(k, sorted=False).indices for x in (logq, logp))
-    shared = torch.zeros_like(logq, dtype=torch.bool).scatter_(1, top, True).gather(1, teacher_top)
-    vecdot = torch.linalg.vecdot
-    entropy, teacher_entropy = -vecdot(logq.exp(), logq).sum(), -vecdot(logp.exp(), logp).sum()
+    k = min(16, student.shape[-1])
+    top = student.topk(k, sorted=False).indices
+    teacher_top = teacher.topk(k, sorted=False).indices
+    in_top = torch.zeros_like(student, dtype=torch.bool).scatter_(1, top, True)
+    entropy = -torch.linalg.vecdot(student.exp(), student).sum()
+    teacher_entropy = -torch.linalg.vecdot(teacher.exp(), teacher).sum()
     return {
         "policy/entropy": entropy,
         "policy/entropy_gap": entropy - teacher_entropy,
-        "policy/reverse_kl": kl_divergence(logq, logp).sum(),
-        "policy/forward_kl": kl_divergence(logp, logq).sum(),
-        "policy/topk_overlap": shared.float().mean(-1).sum(),
+        "policy/reverse_kl": kl_divergence(student, teacher).sum(),
+        "policy/forward_kl": kl_divergence(teacher, student).sum(),
+        "policy/topk_overlap": in_top.gather(1, teacher_top).float().mean(-1).sum(),
     }
-
-
-def device_of(model) -> torch.device:
-    """Where it computes: --cpu_offload keeps a model's shards elsewhere."""
-    weight = model.get_output_embeddings().weight
-    sharded = isinstance(weight, DTensor)
-    kind = weight.device_mesh.device_type if sharded else weight.device.type
-    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else weight.device
-
-
-def hidden_states(
-    model, input_ids: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """The head's inputs where `mask` is set: input_ids [B, T] right-padded, mask [B, T] with N ones
-    -> [N, D] of `dtype`.
-
-    No attention mask is needed: attention is causal, and padding stands to the right of every real
-    token. The model is entered by its root, so that FSDP2 gathers what is sharded; its head, which
-    would make [B, T, V] logits, hands the hidden states through.
-    """
-    head = model.get_output_embeddings()
-    head.forward = torch.clone
-    try:
-        hidden = model(input_ids=input_ids, use_cache=False).logits
-    finally:
-        del head.forward
-    return hidden[mask].to(dtype)
-
-
-def full_weight(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A parameter in `dtype`, without gradient; a sharded one is gathered, on the device that
-    computes (--cpu_offload keeps the shards in host memory)."""
-    weight = parameter.detach()
-    if not isinstance(weight, DTensor):
-        return weight.to(dtype)
-    local = weight.to_local().to(weight.device_mesh.device_type, dtype)
-    return _like(weight, local).full_tensor()
-
-
-def full_weights(model, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each parameter by name, whole and in `dtype`, one at a time: a sharded model is gathered
-    parameter by parameter, never at once. Tied ones come once."""
-    for name, parameter in model.named_parameters():
-        yield name, full_weight(parameter, dtype)
-
-
-def _like(weight: DTensor, local: torch.Tensor) -> DTensor:
-    """`local` as this rank's shard of a tensor that is sharded as `weight` is."""
-    own = {"shape": weight.shape, "stride": weight.stride(), "run_check": False}
-    return DTensor.from_local(local, weight.device_mesh, weight.placements, **own)
-
-
-def head_weight(model, dtype: torch.dtype) -> torch.Tensor:
-    """The head [V, D], without gradient. A sharded one is gathered: call this outside the loop over
-    chunks, whose number may differ between ranks."""
-    return full_weight(model.get_output_embeddings().weight, dtype)
-
-
-@torch.no_grad()
-def head_logprobs(
-    hidden: torch.Tensor, model, tokens: torch.Tensor, temperature: float, chunk_size: int
-) -> torch.Tensor:
-    """Log-probs of tokens [N] from hidden states [N, D], in chunks and without gradient -> [N]."""
-    weight = head_weight(model, hidden.dtype)
-    if len(hidden) == 0:
-        return hidden.new_empty(0, dtype=torch.float32)
-    chunks = zip(hidden.split(chunk_size), tokens.split(chunk_size), strict=True)
-    return torch.cat([token_logprobs(h @ weight.T, t, temperature)[0] for h, t in chunks])
-
-
-def head_backward(
-    hidden: torch.Tensor,
-    model,
-    loss_fn: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]],
-    inputs: dict[str, torch.Tensor | None],
-    denominator: float,
-    chunk_size: int,
-) -> dict[str, float]:
-    """Add the gradients of (loss_fn summed over all chunks) / denominator to every .grad.
-
-    Calls `loss_fn(logits [C, V], **inputs)` with the chunk's slice of each input [N, ...]; it
-    returns the *sum* of the loss over these tokens and metrics that are such sums too, so that
-    nothing depends on the chunk size. Returns the summed metrics, and the summed loss as "loss".
-
-    Memory beyond the body's: one chunk's tensors, the hidden gradient [N, D], and the head's .grad,
-    which is added to in place (a fresh [V, D] for each chunk would cost more than is saved). Of a
-    sharded head (FSDP2) the whole is gathered before the loop and its gradient, summed over ranks,
-    scattered after it: the loop itself has no collective.
-    """
-    weight, compute_weight = model.get_output_embeddings().weight, head_weight(model, hidden.dtype)
-    sharded = isinstance(weight, DTensor)
-    if weight.grad is None:
-        weight.grad = torch.zeros_like(weight)
-    total = torch.zeros_like(compute_weight, dtype=weight.dtype) if sharded else weight.grad
-    leaf, hidden_grad = hidden.detach(), torch.empty_like(hidden)
-    room = leaf.new_empty(min(chunk_size, len(leaf)), len(total))  # every chunk's logits in turn
-    sums: dict[str, float] = {}
-    for first in range(0, len(hidden), chunk_size):
-        chunk = slice(first, first + chunk_size)
-        logits = torch.mm(leaf[chunk], compute_weight.T, out=room[: len(leaf[chunk])])
-        logits = logits.detach().requires_grad_()
-        sliced = {k: None if v is None else v[chunk] for k, v in inputs.items()}
-        loss_sum, metrics = loss_fn(logits, **sliced)
-        (logits_grad,) = torch.autograd.grad(loss_sum / denominator, logits)
-        hidden_grad[chunk] = logits_grad @ compute_weight
-        _add_product(total, logits_grad, leaf[chunk])
-        for name, value in {"loss": loss_sum.detach(), **metrics}.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-        del logits, logits_grad, loss_sum  # else they would stand beside the next chunk's
-    if sharded:
-        mesh = weight.device_mesh
-        partial = DTensor.from_local(total, mesh, [Partial()] * mesh.ndim, run_check=False)
-        local = partial.redistribute(placements=weight.placements).to_local()
-        # Not DTensor.from_local: it would move an offloaded shard to the device that computes.
-        shard_grad = weight.grad.to_local()
-        shard_grad += local.to(shard_grad.device)
-    hidden.backward(hidden_grad)
-    return sums
-
-
-def _add_product(total: torch.Tensor, logits_grad: torch.Tensor, hidden: torch.Tensor) -> None:
-    """total [V, D] float32 += logits_grad [C, V].T @ hidden [C, D], in place.
-
-    In bfloat16 the product is made in bfloat16, some words at a time: in float32 it would miss the
-    matrix units, and at once it would need a second [V, D].
-    """
-    if logits_grad.dtype == total.dtype:
-        total.addmm_(logits_grad.T, hidden)
-        return
-    for first in range(0, len(total), 16_384):
-        words = slice(first, first + 16_384)
-        total[words] += logits_grad[:, words].T @ hidden

@@ -1,23 +1,11 @@
-"""Models and tokenizers by path or hub id, what must hold between two, and sharding over ranks."""
+"""Models and tokenizers by path or hub id, and what must hold between two."""
 
-import contextlib
-import json
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from huggingface_hub import HfApi, try_to_load_from_cache
-from safetensors import safe_open
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-)
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
@@ -27,21 +15,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from common.data import prompt_text
+from common.errors import UserError, check, one_line
 from common.fingerprint import model_path
-from common.logprob import device_of, full_weight, head_weight, hidden_states
-from common.run import (
-    UserError,
-    check,
-    num_ranks,
-    one_line,
-    rank,
-    sum_over_ranks,
-)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from common.head import head_weight, hidden_states
+from common.sharding import DTYPES, device_of, make_buffers, read_shards, shard
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -178,10 +158,17 @@ def load_for_training(
 ) -> PreTrainedModel:
     """As load_model; where there are ranks, sharded over them by FSDP2. Each rank reads its part of
     each tensor from the files: no whole copy is held anywhere."""
-    if not dist.is_initialized():
+    if dist.is_initialized():
+        model = _load_sharded(name, args, device, trainable)
+    else:
         model = load_model(name, args.dtype, device, trainable)
         _recompute_activations(model, args)
-        return model
+    frozen_teacher = hasattr(args, "teacher") and not trainable
+    model.flops_role = "teacher" if frozen_teacher else "policy"
+    return model
+
+
+def _load_sharded(name: str, args, device: torch.device, trainable: bool) -> PreTrainedModel:
     config = _load(AutoConfig.from_pretrained, name)
     with torch.device("meta"):
         dtype = torch.float32 if trainable else DTYPES[args.dtype]
@@ -194,10 +181,10 @@ def load_for_training(
     _make_savable(model.generation_config)
     model.requires_grad_(trainable).eval()
     _recompute_activations(model, args)
-    _shard(model, args, device)
+    shard(model, args, device)
     model.to_empty(device="cpu" if args.cpu_offload else device)
-    _read_shards(model, name)
-    _make_buffers(model, device)
+    read_shards(model, _find(name))
+    make_buffers(model, device)
     _check_head(model, name)
     return model
 
@@ -211,126 +198,15 @@ def _recompute_activations(model: PreTrainedModel, args) -> None:
             layer.forward = partial(checkpoint, layer.forward, **again)
 
 
-def _shard(model: PreTrainedModel, args, device: torch.device) -> None:
-    """FSDP2: a group of parameters for each decoder layer, and one for the rest, where embedding
-    and head are, which may be tied. They are gathered as `dtype`, gradients summed in float32."""
-    options = {"mesh": init_device_mesh(device.type, (num_ranks(),)), "reshard_after_forward": True}
-    options |= {"mp_policy": MixedPrecisionPolicy(DTYPES[args.dtype], torch.float32)}
-    if args.cpu_offload:
-        options |= {"offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda")}
-    for module in (*model.get_decoder().layers, model):
-        fully_shard(module, **options)
-        # The loss is divided by a sum over all ranks already: gradients are summed, not averaged.
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-
-
-@torch.no_grad()
-def _read_shards(model: PreTrainedModel, name: str) -> None:
-    """This rank's rows of each parameter, from the safetensors files."""
-    files = _weight_files(name)
-    missing = [parameter for parameter, _ in model.named_parameters() if parameter not in files]
-    check(
-        not missing, f"{name} cannot be sharded: its files have no tensor {', '.join(missing[:2])}"
-    )
-    with contextlib.ExitStack() as stack:
-        opened = {f: stack.enter_context(safe_open(f, "pt")) for f in set(files.values())}
-        for key, parameter in model.named_parameters():
-            shard, rows = parameter.to_local(), opened[files[key]].get_slice(key)
-            whole = tuple(rows.get_shape())
-            check(whole == tuple(parameter.shape), f"{name}: {key} has shape {whole} in the files")
-            first = min(len(parameter), rank() * -(-len(parameter) // num_ranks()))
-            if len(shard) > 0:
-                shard.copy_(rows[first : first + len(shard)])
-
-
-def _weight_files(name: str) -> dict[str, str]:
-    """Tensor -> file."""
-    path, missing_is_none = _find(name), {"_raise_exceptions_for_missing_entries": False}
-    index = cached_file(path, "model.safetensors.index.json", **missing_is_none)
-    if index is not None:
-        files = json.loads(Path(index).read_text())["weight_map"]
-        paths = {file: cached_file(path, file) for file in set(files.values())}
-        return {tensor: paths[file] for tensor, file in files.items()}
-    single = cached_file(path, "model.safetensors", **missing_is_none)
-    check(single is not None, f"{name} has no safetensors files")
-    with safe_open(single, "pt") as file:
-        return dict.fromkeys(file.keys(), single)
-
-
-def _make_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Rotary frequencies, which are in no file: computed again, as the module does."""
-    for owner in {name.rpartition(".")[0] for name, _ in model.named_buffers()}:
-        module = model.get_submodule(owner)
-        fresh = type(module)(module.config)
-        for key, buffer in fresh.named_buffers(recurse=False):
-            module.register_buffer(key, buffer.to(device), persistent=False)
-
-
-def keep_gradients(model, keep: bool) -> None:
-    """Whether the next backward adds to float32 gradients of whole parameters on the device, and
-    leaves their sum over ranks, and their way to host memory, to one that does not keep them."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(not keep)
-
-
-def clip_grad_norm(parameters: list[nn.Parameter], limit: float) -> torch.Tensor:
-    """Scale the gradients down to a norm of `limit` over all parameters and ranks; returns the norm
-    before."""
-    norm = nn.utils.clip_grad_norm_(parameters, limit)
-    return full_weight(norm, torch.float32)
-
-
-@contextlib.contextmanager
-def gathered(model) -> Iterator[None]:
-    """The whole model on each rank, for sampling: then ranks need not decode in step."""
-    groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in groups:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    try:
-        yield
-    finally:
-        for module in groups:
-            module.set_reshard_after_forward(True, recurse=False)
-            module.reshard()
-
-
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, name: str) -> None:
     """The chunked head is hidden @ W.T: a model that scales or caps logits would train wrong."""
     ids = torch.arange(4, device=device_of(model))[None]
     expected = model(input_ids=ids, use_cache=False).logits[0]
-    hidden = hidden_states(model, ids, torch.ones_like(ids, dtype=torch.bool), model.dtype)
-    same = torch.allclose(
-        (hidden @ head_weight(model, model.dtype).T).float(), expected.float(), rtol=0.05, atol=0.05
-    )
+    hidden = hidden_states(model, ids, torch.ones_like(ids, dtype=torch.bool))
+    logits = hidden @ head_weight(model, hidden.dtype).T
+    same = torch.allclose(logits.float(), expected.float(), rtol=0.05, atol=0.05)
     check(
         same,
         f"{name} ({type(model).__name__}) scales or caps its logits behind the head: not supported",
     )
-
-
-def forward_flops(model: PreTrainedModel, rollouts: list, shared: int = 1) -> float:
-    """FLOPs of a forward pass over prompts and completions (2 a multiply-add), of a dense model's
-    matrix products; backward costs twice as much.
-
-    The head counts at the tokens that predict a completion token, attention at pairs of a query and
-    a key that it may see. `shared`: so many completions have their prompt computed once (sampling).
-    Of all ranks.
-    """
-    config, head = model.config, model.get_output_embeddings()
-    body = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m != head)
-    head_size = (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    pair = 4 * config.num_hidden_layers * config.num_attention_heads * head_size
-    flops = 0.0
-    for rollout in rollouts:
-        prompt, completion = len(rollout.prompt_ids), len(rollout.completion_ids)
-        length = prompt + completion - 1  # the last token predicts nothing
-        prompt_pairs, all_pairs = prompt * (prompt + 1) / 2, length * (length + 1) / 2
-        flops += 2 * body * (prompt / shared + completion - 1)
-        flops += 2 * head.weight.numel() * completion
-        flops += pair * (prompt_pairs / shared + all_pairs - prompt_pairs)
-    return sum_over_ranks(flops)

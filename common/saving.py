@@ -1,10 +1,11 @@
-"""A trained model on disk, as transformers and vLLM read it, without a whole copy of it in memory.
+"""final/: a trained model on disk, as transformers and vLLM read it, with no whole copy in memory.
 
 A sharded model is gathered parameter by parameter, on every rank; the first one writes files of at
 most SHARD_BYTES.
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
+from common.files import replace_folder, writing
 from common.fingerprint import model_path
-from common.logprob import full_weights
+from common.ranks import on_first_rank, rank
+from common.sharding import full_weights
 
 SHARD_BYTES = 4 * 10**9
 
@@ -22,6 +25,24 @@ def file_dtype(name: str) -> str:
     """float32 or bfloat16: that of a model's files; bfloat16 too where they are in float16."""
     config = AutoConfig.from_pretrained(model_path(name), trust_remote_code=False)
     return "float32" if config.dtype in (None, torch.float32) else "bfloat16"
+
+
+def save_final(model, tokenizer, folder: Path, dtype: str) -> None:
+    """Model and tokenizer as `folder`, whole or not at all. All ranks call it."""
+    temporary = folder.with_name(folder.name + ".tmp")
+
+    def make_empty() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+
+    def complete() -> None:
+        tokenizer.save_pretrained(temporary)
+        replace_folder(temporary, folder)
+
+    with writing(folder):
+        on_first_rank(make_empty)
+        save_model(model, temporary, getattr(torch, dtype), writes=rank() == 0)
+        on_first_rank(complete)
 
 
 def save_model(model, folder: Path, dtype: torch.dtype, writes: bool) -> None:

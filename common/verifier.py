@@ -343,41 +343,45 @@ class Args:
 
 
 def grade_files(args: Args) -> None:
-    """Verdicts against labels; rows with a `review` note (conventions, wrong labels) apart."""
-    reports, shown = [], []
+    """Print verdicts against labels."""
+    reports, wrong = [], []
     with Verifier() as verifier:
         verifier.grade([r"\boxed{\frac{1}{2}}"] * 2, ["0.5"] * 2)  # start-up is not timed
         for path in args.files:
-            try:
-                rows = [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
-                preds, golds = (
-                    [str(row["pred"]) for row in rows],
-                    [str(row["gold"]) for row in rows],
-                )
-                expected = [bool(row["expected"]) for row in rows]
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                print(
-                    f"error: {path} has no rows of gold, pred, expected: {error}", file=sys.stderr
-                )
-                sys.exit(2)
-            began = time.perf_counter()
-            verdicts = verifier.grade(preds, golds, marker=args.marker, free_form=True)
-            seconds = time.perf_counter() - began
-            errors = Counter()
-            for row, verdict, right in zip(rows, verdicts, expected, strict=True):
-                if verdict.correct != right:
-                    kind = "fp" if verdict.correct else "fn"
-                    errors[kind, bool(row.get("review"))] += 1
-                    shown += [{**row, "read": verdict.answer}] if args.show == kind else []
-            report = {"file": str(path), "rows": len(rows)}
-            report["outcomes"] = dict(Counter(verdict.outcome for verdict in verdicts))
-            report["rows_per_second"] = round(len(rows) / seconds)
-            report["flagged"] = {"rows": sum(bool(row.get("review")) for row in rows)}
-            for part, noted in ((report, False), (report["flagged"], True)):
-                part["false_negatives"] = errors["fn", noted]
-                part["false_positives"] = errors["fp", noted]
+            report, wrong_of_file = grade_file(verifier, path, args.marker)
             reports.append(report)
-    print(json.dumps(shown if args.show else reports, indent=1))
+            wrong += [row for kind, row in wrong_of_file if kind == args.show]
+    print(json.dumps(wrong if args.show else reports, indent=1))
+
+
+def grade_file(verifier: Verifier, path: Path, marker: str | None) -> tuple[dict, list]:
+    """The counts of a file, rows with a `review` note (conventions, wrong labels) apart; and the
+    wrongly judged rows, each with "fn" or "fp"."""
+    try:
+        rows = [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
+        preds = [str(row["pred"]) for row in rows]
+        golds = [str(row["gold"]) for row in rows]
+        expected = [bool(row["expected"]) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"error: {path} has no rows of gold, pred, expected: {error}", file=sys.stderr)
+        sys.exit(2)
+    began = time.perf_counter()
+    verdicts = verifier.grade(preds, golds, marker=marker, free_form=True)
+    seconds = time.perf_counter() - began
+    wrong = [
+        ("fp" if verdict.correct else "fn", {**row, "read": verdict.answer})
+        for row, verdict, right in zip(rows, verdicts, expected, strict=True)
+        if verdict.correct != right
+    ]
+    errors = Counter((kind, bool(row.get("review"))) for kind, row in wrong)
+    report = {"file": str(path), "rows": len(rows)}
+    report["outcomes"] = dict(Counter(verdict.outcome for verdict in verdicts))
+    report["rows_per_second"] = round(len(rows) / seconds)
+    report["flagged"] = {"rows": sum(bool(row.get("review")) for row in rows)}
+    for part, has_note in ((report, False), (report["flagged"], True)):
+        part["false_negatives"] = errors["fn", has_note]
+        part["false_positives"] = errors["fp", has_note]
+    return report, wrong
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from common.data import Problem, Prompt
+from common.fingerprint import ROOT
 from common.model import load_tokenizer
-from common.rollout import Rollout, TorchEngine
-from common.run import ROOT
+from common.rollout import Rollout
+from common.torch_engine import TorchEngine
 from common.verifier import Verdict
 
 SEED = 20260512

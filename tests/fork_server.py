@@ -15,8 +15,9 @@ import torch
 import fkl_warmup
 import grpo
 import opd
-from common import logprob, rollout, run
-from common.run import RunFailure
+from common import checkpoint, files, head, torch_engine
+from common.errors import RunFailure
+from common.start import start
 
 MODULES = {"grpo": grpo, "opd": opd, "fkl_warmup": fkl_warmup}
 
@@ -52,17 +53,17 @@ def plant(site: str, number: float) -> None:
     if site == "time":
         threading.Timer(number, die).start()
     elif site == "generate":
-        at_call(rollout.TorchEngine, "_forward", number, die)
+        at_call(torch_engine.TorchEngine, "_forward", number, die)
     elif site == "update":
-        at_call(logprob, "head_backward", number, die)
+        at_call(head, "head_backward", number, die)
     elif site == "disk":  # in the middle of a checkpoint, or of any other write
-        at_call(run, "sync_to_disk", number, die)
+        at_call(files, "sync_to_disk", number, die)
     elif site == "between files":
-        at_call(run, "save_file", number, die)
+        at_call(checkpoint, "save_file", number, die)
     elif site == "engine":
-        at_call(rollout.TorchEngine, "generate", number, no_engine)
+        at_call(torch_engine.TorchEngine, "generate", number, no_engine)
     elif site == "nan":
-        at_call(logprob, "hidden_states", number, poison)
+        at_call(head, "hidden_states", number, poison)
     elif site == "file size":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))
@@ -78,7 +79,7 @@ def child(job: dict) -> None:
     sys.argv = [f"{job['script']}.py", *job["flags"]]
     code = 0
     try:
-        run.start(module.main, module.Args, module.__doc__)
+        start(module.main, module.Args, module.__doc__)
     except SystemExit as stop:
         code = stop.code or 0
     sys.stdout.flush()

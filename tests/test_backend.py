@@ -10,16 +10,13 @@ import torch
 from conftest import prompt_of, torchrun
 
 import grpo
-from common import rollout as module
-from common.rollout import (
-    WeightSyncError,
-    full_weights,
-    make_engine,
-    resolve_backend,
-    same_bits,
-    stale_parameters,
-)
-from common.run import RunFailure, UserError, start
+from common import vllm_engine as module
+from common.errors import RunFailure, UserError
+from common.sampler import make_engine
+from common.sharding import full_weights
+from common.start import start
+from common.vllm_engine import resolve_backend
+from common.weight_sync import WeightSyncError, same_bits, stale_parameters
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -203,6 +200,7 @@ def test_only_ranks_that_share_an_engine_schedule_in_step(monkeypatch, tensor_pa
     monkeypatch.setattr(module, "num_ranks", lambda: 2)
     core = SimpleNamespace()
     monkeypatch.setitem(sys.modules, "vllm.v1.engine", SimpleNamespace(core=core))
+    monkeypatch.setattr(module, "_name_shared_memory", lambda: None)
     settings = module._inside_ranks(tensor_parallel)
     assert settings["tensor_parallel_size"] == tensor_parallel
     assert ("async_scheduling" in settings) == (tensor_parallel == 2)
@@ -315,7 +313,8 @@ SHARDED = """
 import torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from transformers import Qwen3Config, Qwen3ForCausalLM
-from common.rollout import full_weights, same_bits
+from common.sharding import full_weights
+from common.weight_sync import same_bits
 
 dist.init_process_group("gloo")
 torch.manual_seed(0)
@@ -339,8 +338,9 @@ import torch, torch.distributed as dist
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
-from common import logprob
-from common.model import keep_gradients
+from types import SimpleNamespace
+from common import head as chunked
+from common.sharding import accumulating
 
 dist.init_process_group("gloo")
 torch.manual_seed(0)
@@ -361,15 +361,15 @@ def planted(tensor, mesh, placements, **own):
 DTensor.from_local = planted
 ids, mask = torch.arange(12)[None] % 101, torch.ones(1, 12, dtype=torch.bool)
 inner = model.model.layers[0].mlp.up_proj.weight
-for keep in (True, False):  # the second is added to the first
-    keep_gradients(model, keep)
-    hidden = logprob.hidden_states(model, ids, mask, torch.bfloat16)
+for number in accumulating(model, [1, 2], SimpleNamespace(keep_gradients=True)):
+    hidden = chunked.hidden_states(model, ids, mask)
+    assert hidden.dtype == torch.bfloat16
     loss = lambda logits: (logits.float().logsumexp(-1).sum(), {})
-    logprob.head_backward(hidden, model, loss, {}, 1.0, 5)
-    assert (inner.grad is None) == keep  # it has stayed where it was made
+    chunked.head_backward(hidden, model, loss, {}, 1.0, 5)
+    assert (inner.grad is None) == (number == 1)  # it has stayed where it was made
 head = model.get_output_embeddings().weight
 assert head.grad.to_local().device == head.to_local().device and not moved, moved
-logits = (hidden @ logprob.head_weight(model, torch.bfloat16).T).float()
+logits = (hidden @ chunked.head_weight(model, torch.bfloat16).T).float()
 expected = 2 * logits.softmax(-1).T @ hidden.float()
 error = (head.grad.full_tensor() - expected).abs().max() / expected.abs().max()
 assert error < 0.02, error

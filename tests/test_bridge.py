@@ -8,10 +8,16 @@ import socket
 from types import SimpleNamespace
 
 import pytest
+from test_report import planned
 from test_scripts import run
 
 import bridge
-from common.run import ROOT, RunFailure, UserError
+from common.errors import RunFailure, UserError
+from common.fingerprint import ROOT
+from workflow import machine, processes
+from workflow.presets import flags_of, preset_of
+from workflow.routes import ROUTES
+from workflow.stages import Stage
 
 TINY = [
     *("--num_steps", "1", "--prompts_per_step", "2", "--group_size", "2"),
@@ -50,17 +56,15 @@ def test_the_plan_for_the_real_models_needs_nothing(capsys, tmp_path, monkeypatc
 @pytest.mark.parametrize("teacher", ["toy/teacher", "Qwen/Qwen3-8B"])
 def test_every_planned_flag_is_one_of_its_script(teacher):
     args = bridge.Args(teacher=teacher, routes=("all",))
-    for stage in bridge.plan(args, bridge.fill_in(args))[0]:
-        module = __import__(stage.script.removesuffix(".py"))
-        fields = module.Args.__dataclass_fields__
-        assert set(stage.flags) <= set(fields), stage.name
+    for stage in planned(args)[0]:
+        assert set(stage.flags) <= set(flags_of(stage.kind)), stage.name
 
 
 @pytest.mark.parametrize("teacher", ["toy/teacher", "Qwen/Qwen3-8B"])
 def test_labels_and_steps_are_matched(teacher):
     """Label uses: rollouts that are rewarded, or filtered by their verdict."""
     args = bridge.Args(teacher=teacher, routes=("all",))
-    stages = {stage.name: stage for stage in bridge.plan(args, bridge.fill_in(args))[0]}
+    stages = {stage.name: stage for stage in planned(args)[0]}
     steps = {n: s.flags["num_steps"] for n, s in stages.items() if "eval" not in n}
     uses = {
         n: steps[n] * stages[n].flags["prompts_per_step"] * stages[n].flags["group_size"]
@@ -80,6 +84,80 @@ def test_labels_and_steps_are_matched(teacher):
             assert steps[f"{prefix}_fkl_warmup"] + steps[f"{prefix}_opd"] == steps["cold"]
 
 
+def test_every_route_is_described():
+    for name in ROUTES:
+        assert re.search(rf"^    {name}  +\w", bridge.__doc__, re.MULTILINE), name
+
+
+# === presets ===
+
+
+def preset_file(folder, content: object) -> str:
+    path = folder / "mine.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def test_a_users_preset_lies_over_the_built_in_one(tmp_path):
+    mine = {
+        "student_grpo": {"num_steps": 7, "kl_coef": 1, "dynamic_sampling": True},
+        "evaluate": {"enforce_eager": False},
+    }
+    args = bridge.Args(preset=preset_file(tmp_path, mine), group_size=4)
+    preset, built_in = preset_of(args), preset_of(bridge.Args())
+    settings = preset["student_grpo"]
+    assert settings["num_steps"].value == 7
+    assert settings["num_steps"].source == "mine.json"
+    assert settings["kl_coef"].value == 1.0
+    assert isinstance(settings["kl_coef"].value, float)
+    assert settings["learning_rate"] == built_in["student_grpo"]["learning_rate"]
+    assert settings["group_size"].source == "command line"
+    assert preset["opd"].keys() == built_in["opd"].keys()
+    stages = {stage.name: stage for stage in planned(args)[0]}
+    command = shlex.join(stages["student_grpo"].command)
+    assert "--num_steps 7 " in command
+    assert "--dynamic_sampling" in command
+    assert stages["cold"].flags["num_steps"] == 47  # as teacher_grpo and student_grpo
+    assert "--no_enforce_eager" in stages["eval_opd"].command
+
+
+@pytest.mark.usefixtures("no_network")
+def test_what_a_users_preset_sets_stays_as_it_is_on_a_gpu(tmp_path, capsys):
+    mine = {"student_grpo": {"cpu_offload": True}, "teacher_grpo": {"micro_batch_tokens": 200_000}}
+    gpu = {"gpu_memory_gb": 80.0, "host_memory_gb": 999.0, "nproc_per_node": 1}
+    bridge.main(bridge.Args(**QWEN, **gpu, preset=preset_file(tmp_path, mine)))
+    printed = capsys.readouterr().out
+    assert settings_of(printed, "student_grpo")["cpu_offload"] == "True"
+    assert settings_of(printed, "teacher_grpo")["micro_batch_tokens"] == "200000"
+    assert re.search(r"would not run: teacher_grpo .* needs \d+ GB on each of 1 GPUs", printed)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"grpo": {}}, "there is no kind of stage grpo; there are teacher_grpo, .*, evaluate"),
+        ({"opd": {"kl_coef": 0.1}}, "opd has no flag kl_coef; it has .*estimator"),
+        ({"opd": {"learning_rate": "high"}}, '--learning_rate of opd cannot be "high"'),
+        ({"opd": {"num_steps": 1.5}}, "--num_steps of opd cannot be 1.5"),
+        ({"opd": {"seed": 3}}, "a preset cannot set seed of opd: the workflow does"),
+        ({"opd": [1]}, "mine.json is not a JSON object: kind of stage -> flag -> value"),
+        ([1], "mine.json is not a JSON object"),
+        ('{"opd": ', "mine.json is not a JSON object"),
+    ],
+)
+def test_a_preset_that_cannot_be_is_refused_in_one_line(tmp_path, content, message):
+    with pytest.raises(UserError, match=message) as error:
+        bridge.main(bridge.Args(preset=preset_file(tmp_path, content), dry_run=True))
+    assert "\n" not in str(error.value)
+
+
+def test_a_preset_file_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="none.json is not .* No such file"):
+        preset_of(bridge.Args(preset=str(tmp_path / "none.json")))
+
+
+# === the machine ===
+
 QWEN = {"teacher": "Qwen/Qwen3-8B", "dry_run": True, "output_dir": "/tmp/never"}
 
 
@@ -91,8 +169,8 @@ def settings_of(printed: str, kind: str) -> dict[str, str]:
 @pytest.mark.usefixtures("no_network")
 def test_one_gpu_of_80_gb_gets_what_makes_each_stage_fit(capsys):
     """The user's own command, with no other flag, on such a machine."""
-    machine = {"gpu_memory_gb": 80.0, "host_memory_gb": 256.0, "nproc_per_node": 1}
-    bridge.main(bridge.Args(**QWEN, **machine))
+    there = {"gpu_memory_gb": 80.0, "host_memory_gb": 256.0, "nproc_per_node": 1}
+    bridge.main(bridge.Args(**QWEN, **there))
     printed = capsys.readouterr().out
     assert settings_of(printed, "teacher_grpo")["cpu_offload"] == "True"
     assert settings_of(printed, "teacher_grpo")["keep_gradients"] == "True"
@@ -117,10 +195,10 @@ def test_a_machine_that_does_not_suffice_stops_before_anything_is_loaded(tmp_pat
         (gpu | {"host_memory_gb": 256.0}, "need 422 GB of disk, and .* has 64 GB"),
     ]
     usage = type("Usage", (), {"free": 64e9})
-    monkeypatch.setattr(bridge.shutil, "disk_usage", lambda folder: usage)
-    for machine, message in cases:
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda folder: usage)
+    for there, message in cases:
         with pytest.raises(UserError, match=message):
-            bridge.main(bridge.Args(**own, **machine))
+            bridge.main(bridge.Args(**own, **there))
     assert not (tmp_path / "run").exists()
 
 
@@ -157,12 +235,12 @@ def test_what_the_user_has_set_is_what_is_planned(capsys):
 
 @pytest.mark.usefixtures("no_network")
 def test_without_a_gpu_the_plan_is_for_one_of_80_gb_and_begins_with_a_table(capsys, monkeypatch):
-    monkeypatch.setattr(bridge.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1e9))
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1e9))
     bridge.main(bridge.Args(**QWEN))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("there is no GPU here: planned for GPUs of 80 GB")
     header, _, *rows = [line.split("|")[1:-1] for line in lines[1:9] if line.startswith("|")]
-    assert [cell.strip() for cell in header] == bridge.FIT_HEADER
+    assert [cell.strip() for cell in header] == machine.FIT_HEADER
     names = ["teacher_grpo", "fkl_warmup", "opd", "student_grpo", "cold"]
     assert [row[0].strip() for row in rows] == names
     assert all(row[-1].strip() == "yes" for row in rows)
@@ -186,6 +264,10 @@ def test_gpus_share_a_vllm_that_one_cannot_hold(capsys):
     assert "--tensor_parallel 8" in capsys.readouterr().out
 
 
+# === runs ===
+
+
+@pytest.mark.slow
 def test_the_workflow_under_two_ranks(tmp_path):
     flags = [*TINY, "--routes", "raw_teacher", "--nproc_per_node", "2"]
     wrong = run("bridge", *flags, "--dataset", "nothing.jsonl", "--output_dir", tmp_path / "wrong")
@@ -215,26 +297,27 @@ write("end")
 (folder / "manifest.json").write_text("{}")
 """
     (tmp_path / "stub.py").write_text(body)
-    monkeypatch.setattr(bridge, "ROOT", tmp_path)
+    monkeypatch.setattr(processes, "ROOT", tmp_path)
 
     def stage(name: str, sleep: float, *needs):
         folder = tmp_path / "out" / name
         wiring = {"sleep": sleep, "log": str(log), "output_dir": str(folder)}
-        return bridge.Stage(name, "", "stub.py", folder, wiring, {}, list(needs))
+        return Stage(name, "", "stub.py", folder, wiring, {}, list(needs))
 
     a, b = stage("a", 0.6), stage("b", 0.1)
     c = stage("c", 0.1, a)
     d = stage("d", 0.1, b)
-    bridge.run_stages([a, c, b, d], jobs=2)
+    processes.run_stages([a, c, b, d], jobs=2)
     lines = log.read_text().split("\n")
     assert set(lines[:2]) == {"begin a", "begin b"}
     assert lines.index("begin d") < lines.index("end a") < lines.index("begin c")
     log.unlink()
     with pytest.raises(RunFailure, match="stage bad failed"):
-        bridge.run_stages([stage("slow", 30), stage("bad", 0.7)], jobs=2)
+        processes.run_stages([stage("slow", 30), stage("bad", 0.7)], jobs=2)
     assert "stopped slow" in log.read_text()
 
 
+@pytest.mark.slow
 def test_the_workflow_runs_skips_and_reports(tmp_path):
     folder = tmp_path / "out"
     done = run("bridge", *TINY, "--output_dir", folder)
@@ -275,6 +358,7 @@ def test_the_workflow_runs_skips_and_reports(tmp_path):
     assert "need a value each" in empty.stderr
 
 
+@pytest.mark.slow
 def test_a_failing_stage_stops_the_workflow(tmp_path):
     flags = [*TINY, "--dataset", "nothing.jsonl", "--output_dir", tmp_path / "out"]
     done = run("bridge", *flags)

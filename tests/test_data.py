@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from common import data
-from common.fingerprint import inputs_of
-from common.run import ROOT, Progress, UserError
+from common.errors import UserError
+from common.fingerprint import ROOT, inputs_of
 
 
 def write(path, rows) -> str:
@@ -175,21 +175,6 @@ def test_long_prompts_are_dropped_and_counted(tokenizer, capsys):
     assert "1 prompts over --max_prompt_tokens 30 dropped" in capsys.readouterr().out
     with pytest.raises(UserError, match="every prompt is over --max_prompt_tokens 30"):
         data.render_prompts(tokenizer, problems[1:], Short)
-
-
-def test_the_stream_goes_by_the_cursor_alone():
-    """Any cut gives the same order; each epoch is a permutation; epochs and seeds differ."""
-    items = list(range(10))
-    whole = data.Stream(items, 3).take(Progress(), 40)
-    progress, pieces = Progress(), []
-    for size in (1, 9, 4, 13, 13):
-        pieces += data.Stream(items, 3).take(progress, size)
-    assert pieces == whole
-    assert progress.cursor == 40
-    epochs = [whole[first : first + 10] for first in range(0, 40, 10)]
-    assert all(sorted(epoch) == items for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert data.Stream(items, 4).take(Progress(), 40) != whole
 
 
 def test_fingerprint_changes_with_the_data(tokenizer):

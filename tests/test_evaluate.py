@@ -11,19 +11,12 @@ from conftest import SEED, prompt_of, prompts_of_many_lengths
 from scipy.stats import binomtest
 
 import evaluate
-from common.rollout import Rollout, TorchEngine
-from common.run import UserError
+from common.errors import UserError
+from common.rollout import Rollout
+from common.statistics import difference_interval, interval, pass_at
+from common.torch_engine import TorchEngine
 from common.verifier import Verdict, Verifier
-from evaluate import (
-    difference_interval,
-    interval,
-    majority_votes,
-    paired_difference,
-    pass_at,
-    sample_benchmark,
-    samples_page,
-    summarise,
-)
+from evaluate import majority_votes, paired_difference, sample_benchmark, samples_page, summarise
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import SEED
 
-from common.run import ROOT
+from common.fingerprint import ROOT
 
 pytestmark = pytest.mark.faults
 KILLS = int(os.environ.get("KILLS", "51"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.run import ROOT
+from common.fingerprint import ROOT
 
 pytest.importorskip("triton")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -212,7 +212,8 @@ def test_the_gradient_may_overwrite_the_logits():
 
 def test_the_chunks_logits_are_freed():
     """They once were not: a chunk of them stayed behind at each micro-batch."""
-    from common.logprob import head_backward, token_logprobs
+    from common.head import head_backward
+    from common.logprob import token_logprobs
 
     statm = Path("/proc/self/statm")
     if not statm.exists():

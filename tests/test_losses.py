@@ -9,7 +9,8 @@ from conftest import gradients, tiny_model, torchrun
 import fkl_warmup
 import grpo
 import opd
-from common.logprob import head_backward, kl_divergence, token_logprobs
+from common.head import head_backward
+from common.logprob import kl_divergence, token_logprobs
 
 N, V = 7, 11
 
@@ -119,7 +120,7 @@ def test_clipping_stops_the_gradient_on_the_favourable_side_only():
 @pytest.mark.parametrize("norm", ["std", "none"])
 def test_advantages(rollouts, norm):
     args = grpo.Args(group_size=4, advantage_norm=norm)
-    grpo.score(rollouts, args)
+    grpo.set_advantages(rollouts, args)
     for first in range(0, 20, 4):
         group = rollouts[first : first + 4]
         rewards = [float(rollout.verdict.correct) for rollout in group]
@@ -137,7 +138,7 @@ def test_loss_aggregation(model, rollouts, agg, mask_truncated):
     """Weights and Z against the three definitions, spelled out."""
     args = grpo.Args(group_size=4, loss_agg=agg, mask_truncated=mask_truncated, max_new_tokens=12)
     assert {rollout.finish for rollout in rollouts} == {"eos", "length"}
-    grpo.score(rollouts, args)
+    grpo.set_advantages(rollouts, args)
     denominator = grpo.denominator_of(rollouts, args)
     kept = [r for r in rollouts if not (mask_truncated and r.finish == "length")]
     for rollout in rollouts:
@@ -157,12 +158,13 @@ def test_dynamic_sampling_keeps_groups_of_mixed_outcomes(rollouts):
 
 
 def test_skipping_zero_advantages_changes_nothing(model, rollouts):
-    """Without a KL term, the gradient equals that of a reference model whose KL has no weight."""
+    """Without a KL term, the gradient equals that of all rollouts."""
     args = grpo.Args(group_size=4, kl_coef=0.0)
-    grpo.score(rollouts, args)
-    skipped = grpo.backward(model, None, rollouts, args)
+    grpo.set_advantages(rollouts, args)
+    skipped = grpo.backward(model, rollouts, args)
     skipped_gradients = gradients(model)
-    full = grpo.backward(model, model, rollouts, args)
+    with_all = grpo.Args(group_size=4, kl_coef=1.0)  # and no ref_logprobs: nothing to weigh
+    full = grpo.backward(model, rollouts, with_all)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(skipped_gradients[name], gradient, atol=1e-6, rtol=1e-4)
     assert skipped["loss/total"] == pytest.approx(full["loss/total"], abs=1e-6)
@@ -170,15 +172,15 @@ def test_skipping_zero_advantages_changes_nothing(model, rollouts):
 
 def test_groups_that_all_agree_leave_no_gradient(model, rollouts):
     args = grpo.Args(group_size=4, kl_coef=0.0)
-    grpo.score(rollouts[:4], args)
-    assert grpo.backward(model, None, rollouts[:4], args) == {"loss/total": 0.0}
+    grpo.set_advantages(rollouts[:4], args)
+    assert grpo.backward(model, rollouts[:4], args) == {"loss/total": 0.0}
     assert gradients(model) == {}
 
 
 def test_old_logprobs_are_the_rollouts_own(model, rollouts):
     """Same weights: the log-probs of a second pass are those that were sampled with."""
     args = grpo.Args(micro_batch_tokens=60)
-    grpo.set_old_logprobs(model, rollouts, args)
+    grpo.set_logprobs("old_logprobs", model, rollouts, args)
     for rollout in rollouts:
         torch.testing.assert_close(rollout.old_logprobs, rollout.logprobs, atol=1e-5, rtol=1e-4)
 
@@ -226,9 +228,6 @@ def test_fkl_loss(hard_labels):
         s, t = (log_softmax_loop(x[n].double().tolist(), 1.0) for x in (student, teacher))
         expected += -s[TOKENS[n]] if hard_labels else divergence_loop("forward_kl", s, t)
     assert loss.item() == pytest.approx(expected, rel=1e-4)
-    if hard_labels:
-        without_teacher, _ = fkl_warmup.loss_fn(student, None, TOKENS, args)
-        assert without_teacher.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_sampled_opd_has_the_expected_gradient_of_the_full_reverse_kl():
@@ -304,8 +303,11 @@ def run_backward(module, model, frozen, rollouts, **changes):
     args = module.Args(**changes)
     if module is grpo:
         args.group_size, args.kl_coef = 4, 0.1
-        grpo.score(rollouts, args)
-    metrics = module.backward(model, frozen, rollouts, args)
+        grpo.set_advantages(rollouts, args)
+        grpo.set_logprobs("ref_logprobs", frozen, rollouts, args)
+        metrics = grpo.backward(model, rollouts, args)
+    else:
+        metrics = module.backward(model, frozen, rollouts, args)
     return metrics, gradients(model)
 
 
@@ -325,11 +327,11 @@ def test_micro_batch_and_chunk_size_do_not_matter(tokenizer, teacher, rollouts, 
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_chunked_head_has_the_gradients_of_the_plain_model(tokenizer, rollouts, tied):
+def test_the_chunked_head_has_the_gradients_of_the_plain_model(tokenizer, teacher, rollouts, tied):
     """SFT on the rollouts against transformers' own logits and one ordinary backward."""
     model = tiny_model(tokenizer, tie_word_embeddings=tied)
     args = fkl_warmup.Args(hard_labels=True, chunk_size=4)
-    loss = fkl_warmup.backward(model, None, rollouts, args)["loss/total"]
+    loss = fkl_warmup.backward(model, teacher, rollouts, args)["loss/total"]
     actual = gradients(model)
     total, count = 0.0, 0
     for rollout in rollouts:
@@ -342,6 +344,55 @@ def test_the_chunked_head_has_the_gradients_of_the_plain_model(tokenizer, rollou
     assert loss == pytest.approx((total / count).item(), rel=1e-5)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(actual[name], gradient, atol=2e-6, rtol=1e-3)
+
+
+def check_against_plain(model, loss_sum: torch.Tensor, denominator: float, total: float, actual):
+    """(loss_sum / denominator).backward() has the gradients `actual` and the loss `total`."""
+    (loss_sum / denominator).backward()
+    assert total == pytest.approx((loss_sum / denominator).item(), rel=1e-5)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(actual[name], gradient, atol=2e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("module", "changes"),
+    [
+        (opd, {}),
+        (opd, {"divergence": "jsd"}),
+        (opd, {"estimator": "sampled"}),
+        (opd, {"estimator": "topk"}),
+        (fkl_warmup, {}),
+        (fkl_warmup, {"hard_labels": True}),
+    ],
+)
+def test_dense_backward(model, teacher, rollouts, module, changes):
+    """As the docstring of `backward` says: transformers' own logits, one loss, one backward."""
+    args = module.Args(chunk_size=4, micro_batch_tokens=60, **changes)
+    total = module.backward(model, teacher, rollouts, args)["loss/total"]
+    actual = gradients(model)
+    (batch,) = module.micro_batches(rollouts, 10**6, torch.device("cpu"))
+    logits, teacher_logits = (m(batch.input_ids).logits[batch.mask] for m in (model, teacher))
+    loss_sum, _ = module.loss_fn(logits, teacher_logits.detach(), batch.tokens, args)
+    check_against_plain(model, loss_sum, len(batch.tokens), total, actual)
+
+
+@pytest.mark.parametrize("loss_agg", ["token", "sequence", "dr_grpo"])
+def test_grpo_backward(model, teacher, rollouts, loss_agg):
+    """The same, off policy and with a reference model."""
+    sizes = {"group_size": 4, "chunk_size": 4, "micro_batch_tokens": 60}
+    args = grpo.Args(kl_coef=0.3, loss_agg=loss_agg, importance_cap=1.5, **sizes)
+    grpo.set_advantages(rollouts, args)
+    grpo.set_logprobs("ref_logprobs", teacher, rollouts, args)
+    for rollout in rollouts:
+        rollout.old_logprobs = rollout.logprobs + 0.1 * torch.randn(len(rollout.logprobs))
+    total = grpo.backward(model, rollouts, args)["loss/total"]
+    actual = gradients(model)
+    (batch,) = grpo.micro_batches(rollouts, 10**6, torch.device("cpu"))
+    names = ("advantage", "weight", "logprobs", "old_logprobs", "ref_logprobs")
+    logits, inputs = model(batch.input_ids).logits[batch.mask], [batch.tokens]
+    inputs += [grpo.per_token(batch, name) for name in names]
+    loss_sum, _ = grpo.loss_fn(logits, *inputs, args)
+    check_against_plain(model, loss_sum, grpo.denominator_of(rollouts, args), total, actual)
 
 
 def test_every_row_of_the_head_buffer_is_added_to_not_replaced():
@@ -385,10 +436,12 @@ def test_the_loss_tokens_are_the_completions(rollouts, module):
             assert [sequence[t + 1] for t in positions] == rollout.completion_ids
             assert batch.input_ids[b, : len(sequence) - 1].tolist() == sequence[:-1]
             rollout.advantage = float(b)
-        spread = grpo.spread(batch, "advantage").tolist()
-        assert spread == [
+        assert grpo.per_token(batch, "advantage").tolist() == [
             float(i) for i, rollout in enumerate(batch.rollouts) for _ in rollout.completion_ids
         ]
+        sampled = torch.cat([rollout.logprobs for rollout in batch.rollouts])
+        assert grpo.per_token(batch, "logprobs").equal(sampled)
+        assert grpo.per_token(batch, "old_logprobs") is None
 
 
 @pytest.mark.parametrize("module", [grpo, opd, fkl_warmup])
@@ -419,13 +472,13 @@ def test_eos_keeps_its_loss_where_pad_is_eos(rollouts, tokenizer, module):
     assert sum(int((batch.tokens == eos).sum()) for batch in batches) >= len(rollouts)
 
 
-def test_no_gradient_reaches_an_unused_word(tokenizer, rollouts):
+def test_no_gradient_reaches_an_unused_word(tokenizer, teacher, rollouts):
     """A token that only stands in prompts is read, not predicted: its head row learns from the
     softmax alone, that is, only downwards."""
     model = tiny_model(tokenizer, tie_word_embeddings=False)
     word = rollouts[0].prompt_ids[-1]
     others = [r for r in rollouts if word not in r.completion_ids]
-    fkl_warmup.backward(model, None, others, fkl_warmup.Args(hard_labels=True))
+    fkl_warmup.backward(model, teacher, others, fkl_warmup.Args(hard_labels=True))
     hidden_direction = model.lm_head.weight.grad[word]
     logits_gradient_sum = 0.0
     for rollout in others:
@@ -443,7 +496,8 @@ SHARDED = """
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from common.logprob import head_backward, head_logprobs, token_logprobs
+from common.head import head_backward, head_logprobs
+from common.logprob import token_logprobs
 
 dist.init_process_group("gloo")
 rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))

@@ -7,9 +7,12 @@ import sys
 import pytest
 from transformers import LlamaConfig, Qwen3Config
 
+import fkl_warmup
 import grpo
-import memory
-from common.run import ROOT, UserError
+import opd
+from common import memory
+from common.errors import UserError
+from common.fingerprint import ROOT
 
 SHAPES = {
     "SmolLM2-135M": LlamaConfig(
@@ -61,13 +64,14 @@ for i in range(count):
     rollouts.append(Rollout(ids[:prompt], ids[prompt:], -torch.ones(completion), "eos", ""))
     rollouts[-1].advantage = 1.0 if i % 2 else -1.0
 for _ in range(2):
-    grpo.backward(model, None, rollouts, args)
+    grpo.backward(model, rollouts, args)
     optimizer.step()
     optimizer.zero_grad()
 print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_plan_is_within_15_percent_of_the_measured_peak(name):
     count, prompt, completion, again = BATCHES[name]
@@ -156,10 +160,30 @@ def test_what_vllm_needs_is_more_than_weights():
 def test_dry_run_says_whether_it_fits_and_loads_nothing(capsys, tmp_path):
     flags = {"model": "Qwen/Qwen3-8B", "learning_rate": 1e-6, "dtype": "bfloat16"}
     own = {"dry_run": True, "gpu_memory_gb": 80.0, "output_dir": str(tmp_path / "run")}
-    grpo.main(grpo.Args(**flags, **own))
+    memory.print_plan(grpo.Args(**flags, **own))
     printed = capsys.readouterr().out
     assert "does NOT fit a GPU of 80 GB" in printed
     assert "computed, not measured" in printed
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="no memory plan of some/model"):
-        grpo.main(grpo.Args(**flags | {"model": "some/model"}, **own))
+        memory.print_plan(grpo.Args(**flags | {"model": "some/model"}, **own))
+
+
+def test_the_models_of_each_trainer():
+    """Which is trained, which are frozen beside it, which samples."""
+    models = {"model": "student", "teacher": "teacher"}
+    assert memory.models_of(grpo.Args(model="m")) == ("m", ["m"], "m")
+    assert memory.models_of(grpo.Args(model="m", kl_coef=0.0)) == ("m", [], "m")
+    assert memory.models_of(opd.Args(**models)) == ("student", ["teacher"], "student")
+    assert memory.models_of(fkl_warmup.Args(**models)) == ("student", ["teacher"], "teacher")
+    on_file = fkl_warmup.Args(**models, rollouts="rollouts.jsonl")
+    assert memory.models_of(on_file) == ("student", ["teacher"], None)
+
+
+def test_given_rollouts_need_no_memory_for_sampling():
+    file = {"model": "toy/student", "rollouts": "rollouts.jsonl"}
+    plans = [
+        memory.plan_of(fkl_warmup.Args(**f), 1, None) for f in (file, {**file, "rollouts": None})
+    ]
+    names = [{item.name for item in plan.items} for plan in plans]
+    assert names[1] - names[0] == {"sampling: model and cache"}

@@ -10,9 +10,10 @@ from conftest import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from common import saving
+from common.errors import UserError
+from common.fingerprint import ROOT
 from common.model import check_lengths, end_ids, load_model, load_tokenizer, share_end_ids
-from common.rollout import TorchEngine
-from common.run import ROOT, UserError
+from common.torch_engine import TorchEngine
 
 CPU = torch.device("cpu")
 EOS, OTHER_EOS = "<|im_end|>", "<|endoftext|>"

@@ -15,8 +15,9 @@ from conftest import tiny_model, torchrun
 from safetensors.torch import load_file
 
 from common import saving
-from common.run import ROOT
+from common.fingerprint import ROOT
 
+pytestmark = pytest.mark.slow
 SIZES = ["--prompts_per_step", "5", "--group_size", "4", "--max_new_tokens", "24"]
 STEPS = ["--num_steps", "5", "--warmup_steps", "1", "--checkpoint_every", "2"]
 SMALL = [
@@ -133,7 +134,7 @@ from types import SimpleNamespace
 import torch, torch.distributed as dist
 from transformers import AutoModelForCausalLM
 from common import model as module
-from common.logprob import full_weights
+from common.sharding import full_weights
 
 dist.init_process_group("gloo")
 folder = sys.argv[1]

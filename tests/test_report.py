@@ -7,18 +7,18 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-import torch
-from conftest import SEED, tiny_model
+from conftest import SEED
 from scipy.stats import ttest_1samp, ttest_rel
-from torch.utils.flop_counter import FlopCounterMode
 
 import bridge
 from common.data import template_fingerprint
-from common.fingerprint import inputs_of
-from common.model import forward_flops
-from common.rollout import Rollout
-from common.run import ROOT, UserError
-from report import CLAIMS, PAPER, judge, t_interval, t_test
+from common.errors import UserError
+from common.fingerprint import ROOT, inputs_of
+from common.statistics import judge, t_interval, t_test
+from workflow.machine import find_machine
+from workflow.paper import CLAIMS, RESULTS, results_of
+from workflow.presets import fill_in, preset_of
+from workflow.routes import plan
 
 
 def test_t_interval_and_p_are_scipys():
@@ -73,20 +73,9 @@ def test_verdicts():
 # === accounting ===
 
 
-def test_flops_are_those_that_torch_counts(tokenizer):
-    """torch counts all T x T pairs of the eager attention; a causal one needs T (T + 1) / 2."""
-    model = tiny_model(tokenizer, attn_implementation="eager")
-    for prompt, completion in ((5, 9), (7, 1)):
-        rollout = Rollout(list(range(prompt)), list(range(completion)), None, "eos", "")
-        T = prompt + completion - 1
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            hidden = model.model(torch.arange(T)[None]).last_hidden_state
-            model.lm_head(hidden[:, prompt - 1 :])
-        attention = 4 * 2 * 4 * 8  # layers, heads, head size
-        expected = counter.get_total_flops() - attention * (T**2 - T * (T + 1) / 2)
-        assert forward_flops(model, [rollout]) == expected
-    shared = forward_flops(model, [rollout] * 6, shared=6)
-    assert forward_flops(model, [rollout]) < shared < 6 * forward_flops(model, [rollout])
+def planned(args: bridge.Args):
+    fill_in(args)
+    return plan(args, preset_of(args), find_machine(args))
 
 
 def make_up(stages, tokenizer) -> None:
@@ -125,7 +114,7 @@ def study(tmp_path_factory, tokenizer):
     """Every route of two seeds, made up."""
     folder = tmp_path_factory.mktemp("study")
     args = bridge.Args(routes=("all",), seeds=(1, 2), output_dir=str(folder), only_report=True)
-    stages, _ = bridge.plan(args, bridge.fill_in(args))
+    stages, _ = planned(args)
     make_up(stages, tokenizer)
     bridge.main(args)
     results = json.loads((folder / "results.json").read_text())
@@ -220,8 +209,41 @@ def test_only_report_needs_finished_stages(tmp_path):
 
 
 def test_claims_and_paper_speak_of_rows_that_there_are():
-    args = bridge.Args(teacher="Qwen/Qwen3-8B", routes=("all",))
-    _, evaluations = bridge.plan(args, bridge.fill_in(args))
-    titles = {evaluation.title for evaluation in evaluations}
-    assert {title for claim in CLAIMS for title in (claim.lower, claim.higher)} <= titles
-    assert {title for rows in PAPER.values() for title in rows} <= titles
+    _, evaluations = planned(bridge.Args(teacher="Qwen/Qwen3-8B", routes=("all",)))
+    rows = {evaluation.id for evaluation in evaluations}
+    assert {row for claim in CLAIMS for row in (claim.lower, claim.higher)} <= rows
+    assert set(RESULTS) <= rows
+    reported = results_of("Qwen/Qwen3-8B", "Qwen/Qwen3-1.7B")
+    assert reported["half/student_grpo"] == {"math500": 78.5, "aime24": 23.7, "aime25": 18.5}
+    assert reported["opd_only/opd_only_grpo"] == {"math500": 77.8}
+    assert results_of("Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B") == {}
+
+
+TITLES = {
+    "models/untrained_student": "untrained student",
+    "models/raw_teacher": "raw teacher",
+    "models/teacher_grpo": "RL teacher (1H)",
+    "models/full_teacher_grpo": "RL teacher (all)",
+    "models/teacher_sft": "SFT teacher (1H)",
+    "cold/cold": "cold: GRPO (all)",
+    "full/full_opd": "RL teacher: FKL, OPD (all)",
+    "half/fkl_warmup": "RL teacher: FKL (1H)",
+    "half/opd": "RL teacher: FKL, OPD (1H)",
+    "half/student_grpo": "RL teacher: FKL, OPD (1H), GRPO (2H)",
+    "replay/replay_grpo": "RL teacher: FKL, OPD (1H), GRPO (1H)",
+    "sft_transfer/sft_transfer": "RL teacher: SFT (1H)",
+    "sft_transfer/sft_transfer_grpo": "RL teacher: SFT (1H), GRPO (2H)",
+    "opd_only/opd_only": "RL teacher: OPD (1H)",
+    "opd_only/opd_only_grpo": "RL teacher: OPD (1H), GRPO (2H)",
+    "sft_teacher/sft_teacher_opd": "SFT teacher: FKL, OPD (1H)",
+    "sft_teacher/sft_teacher_grpo": "SFT teacher: FKL, OPD (1H), GRPO (2H)",
+    "raw_teacher/raw_teacher_opd": "raw teacher: FKL, OPD (all)",
+    "same_size/same_size_opd": "RL student as teacher: FKL, OPD (all)",
+    "cold_matched_tokens/cold_matched_tokens": "cold: GRPO (all), tokens of full",
+    "cold_matched_flops/cold_matched_flops": "cold: GRPO (all), flops of full",
+}
+
+
+def test_rows_and_their_titles():
+    _, evaluations = planned(bridge.Args(routes=("all",)))
+    assert {evaluation.id: evaluation.title for evaluation in evaluations} == TITLES

@@ -8,19 +8,13 @@ import torch
 from conftest import SAMPLED, SEED, prompt_of, prompts_of_many_lengths, tiny_model
 from transformers import Qwen3Config
 
+from common.errors import UserError
+from common.files import write_jsonl
 from common.logprob import token_logprobs
 from common.model import end_ids
-from common.rollout import (
-    Rollout,
-    TorchEngine,
-    draw,
-    load_rollouts,
-    rollout_metrics,
-    rows_that_fit,
-    sample_and_verify,
-    verify,
-)
-from common.run import UserError, write_jsonl
+from common.rollout import Rollout, load_rollouts, rollout_metrics, verify
+from common.sampler import sample_and_verify
+from common.torch_engine import TorchEngine, draw, rows_that_fit
 from common.verifier import Verifier
 
 

@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from test_model import OTHER_EOS, changed_copy
 from transformers import AutoModelForCausalLM
 
-from common.run import ROOT, start
+from common.fingerprint import ROOT
+from common.flops import forward_flops
+from common.start import start
 
 SMALL = ["--prompts_per_step", "4", "--group_size", "4", "--warmup_steps", "1"]
 TRAINERS = {
@@ -80,9 +82,8 @@ def test_the_run_folder_is_complete(trained, script):
 
 @pytest.mark.parametrize("script", TRAINERS)
 def test_every_logged_metric_is_documented(trained, script):
-    documented = set(
-        re.findall(r"^\| `([a-z]+/[a-z_]+)` \|", (ROOT / "README.md").read_text(), re.M)
-    )
+    table = (ROOT / "docs" / "metrics.md").read_text()
+    documented = set(re.findall(r"^\| `([a-z]+/[a-z_]+)` \|", table, re.M))
     for row in metrics_of(trained / script):
         assert row.keys() - {"step"} <= documented
 
@@ -152,17 +153,58 @@ def test_grpo_with_every_option(tmp_path):
     assert "policy/kl_ref" not in rows[0]
 
 
-def test_sft_on_given_rollouts(trained, tmp_path):
-    """Rows of another run, hard labels, no teacher: the loss is the cross-entropy, and it falls."""
+@pytest.mark.parametrize("script", ["opd", "fkl_warmup"])
+def test_several_updates_of_one_step(trained, tmp_path, script):
+    """Two passes over two minibatches: each rollout is trained on twice, and sampled once."""
+    flags = [*TRAINERS[script], "--num_epochs", "2", "--num_minibatches", "2"]
+    assert run(script, *flags, "--output_dir", tmp_path / "run").returncode == 0
+    first, expected = (metrics_of(folder)[0] for folder in (tmp_path / "run", trained / script))
+    assert first["rollout/length"] == expected["rollout/length"]
+    assert first["loss/total"] != expected["loss/total"]  # of a policy that has moved meanwhile
+    assert math.isfinite(first["optim/grad_norm"])
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"), [("fkl_warmup", ["--hard_labels"]), ("fkl_warmup", []), ("opd", [])]
+)
+def test_given_rollouts(trained, tmp_path, script, flags):
+    """Rows of another run: SFT on them, or dense supervision at their tokens. The loss falls."""
     done = run(
-        "fkl_warmup",
-        *(*SMALL, "--num_steps", "6", "--hard_labels", "--output_dir", tmp_path / "sft"),
-        *("--rollouts", trained / "grpo" / "rollouts" / "step_1.jsonl", "--teacher", "nowhere"),
+        script,
+        *(*SMALL, "--num_steps", "15", *flags, "--output_dir", tmp_path / "run"),
+        *("--rollouts", trained / "grpo" / "rollouts" / "step_1.jsonl"),
     )
     assert done.returncode == 0, done.stderr
-    losses = [row["loss/total"] for row in metrics_of(tmp_path / "sft")]
+    losses = [row["loss/total"] for row in metrics_of(tmp_path / "run")]
     assert losses[-1] < losses[0]
-    assert json.loads((tmp_path / "sft" / "manifest.json").read_text())["generated_tokens"] == 0
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["generated_tokens"] == 0
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_flops_are_those_of_every_forward_and_backward(trained, script):
+    """By the lengths of the saved rollouts: sampling, 1 forward and 2 for a backward of what is
+    trained, 1 of the reference or the teacher."""
+    lengths = [
+        (len(row["prompt_ids"]), len(row["completion_ids"]))
+        for step in (1, 2)
+        for row in map(
+            json.loads, (trained / script / f"rollouts/step_{step}.jsonl").read_text().splitlines()
+        )
+    ]
+    names = {"policy": "toy/teacher" if script == "grpo" else "toy/student"}
+    models = {
+        role: AutoModelForCausalLM.from_pretrained(ROOT / name)
+        for role, name in (names | {"teacher": "toy/teacher"}).items()
+    }
+    forward = {role: forward_flops(model, lengths) for role, model in models.items()}
+    sampling = {role: forward_flops(model, lengths, shared=4) for role, model in models.items()}
+    manifest = json.loads((trained / script / "manifest.json").read_text())
+    expected = {
+        "grpo": (sampling["policy"] + 4 * forward["policy"], 0.0),
+        "opd": (sampling["policy"] + 3 * forward["policy"], forward["teacher"]),
+        "fkl_warmup": (3 * forward["policy"], forward["teacher"] + sampling["teacher"]),
+    }[script]
+    assert (manifest["flops"], manifest["teacher_flops"]) == pytest.approx(expected, rel=1e-12)
 
 
 def test_only_right_answers_teach_where_asked(tmp_path):

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from common.run import ROOT
+from common.fingerprint import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.pretrained
 
 BACKENDS = ["torch", *(["vllm"] if find_spec("vllm") else [])]
 FLAGS = "--dtype bfloat16 --learning_rate 3e-5 --warmup_steps 0 --temperature 0.7 --num_steps 3"

@@ -12,8 +12,8 @@ import pytest
 from conftest import SEED
 from test_verifier import BOMBS, assert_gone
 
+from common.fingerprint import ROOT
 from common.rollout import Rollout
-from common.run import ROOT
 from common.verifier import OUTCOMES, Verifier, compare_cheaply, extract_answer
 from evaluate import majority_votes
 

@@ -16,18 +16,14 @@ import torch
 from conftest import SEED, prompt_of, tiny_model
 from safetensors.torch import load_file
 
-from common import rollout as module
+from common import vllm_engine as module
+from common.errors import RunFailure, UserError
+from common.fingerprint import ROOT
 from common.model import load_model
-from common.rollout import (
-    CANARY_LIMIT,
-    TorchEngine,
-    VLLMEngine,
-    WeightSyncError,
-    make_engine,
-    resolve_backend,
-    stale_parameters,
-)
-from common.run import ROOT, RunFailure, UserError
+from common.sampler import make_engine
+from common.torch_engine import TorchEngine
+from common.vllm_engine import VLLMEngine, resolve_backend
+from common.weight_sync import CANARY_LIMIT, WeightSyncError, stale_parameters
 
 pytestmark = pytest.mark.vllm
 CPU = torch.device("cpu")

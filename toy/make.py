@@ -29,8 +29,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 from common import data
 from common.model import load_model, load_tokenizer
-from common.rollout import TorchEngine, sample_and_verify
-from common.run import start
+from common.sampler import sample_and_verify
+from common.start import start
+from common.torch_engine import TorchEngine
 from common.verifier import Verifier
 
 HERE = Path(__file__).parent

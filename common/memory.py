@@ -21,9 +21,9 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
+from common.errors import check
 from common.fingerprint import model_path
-from common.rollout import MAX_NUM_SEQS, batched_tokens
-from common.run import check
+from common.vllm_engine import MAX_NUM_SEQS, batched_tokens
 
 GB = 1e9
 GRAPHS = 1 * GB  # vLLM's CUDA graphs: an allowance too
@@ -161,20 +161,20 @@ def plan(
     args,
     trained: Shape,
     frozen: Sequence[Shape],
-    sampled: Shape,
+    sampled: Shape | None,
     ranks: int,
     gpu_memory: float | None = None,
 ) -> Plan:
-    """The plan of a trainer with these Args, whose rollouts come from `sampled`. gpu_memory: bytes
-    of each rank's GPU; None on a CPU."""
+    """The plan of a trainer with these Args, whose rollouts come from `sampled` (None: from a
+    file). gpu_memory: bytes of each rank's GPU; None on a CPU."""
     c = {"float32": 4, "bfloat16": 2}[args.dtype]
     sharded = ranks > 1 or args.cpu_offload or c == 2
     home = "host" if args.cpu_offload else "device"
-    own = trained.params / ranks
+    params = trained.params / ranks
     items = [
-        Item("weights, float32", 4 * own, home),
-        Item("gradients, float32", 4 * own, home, "always" if home == "host" else "update"),
-        Item("AdamW's moments, float32", 8 * own, home),
+        Item("weights, float32", 4 * params, home),
+        Item("gradients, float32", 4 * params, home, "always" if home == "host" else "update"),
+        Item("AdamW's moments, float32", 8 * params, home),
     ]
     if sharded and args.keep_gradients:
         items.append(Item("gradients of a step, whole", 4 * trained.params, phase="update"))
@@ -196,13 +196,13 @@ def plan(
     copy = (4 + c) * head if sharded else 0
     copy += sum(c * s.vocab * s.hidden for s in frozen if sharded)
     chunk = min(args.chunk_size, tokens)
-    # OPD and FKL hold float32 log-probs of student and teacher, and their gradients.
-    logits = chunk * trained.vocab * (2 * c if hasattr(args, "kl_coef") else 3 * c + 24)
+    # With a teacher: float32 log-probs of student and teacher, and their gradients.
+    logits = chunk * trained.vocab * (3 * c + 24 if hasattr(args, "teacher") else 2 * c)
     items.append(Item("head: copies, gradient, chunk of logits", copy + logits, phase="update"))
-    if gpu_memory and args.backend != "torch":
+    if gpu_memory and sampled and args.backend != "torch":
         share = args.vllm_gpu_memory * gpu_memory
         items.append(Item("vLLM, asleep during the update", share, phase="sampling"))
-    else:
+    elif sampled:
         prompts = min(max(1, 512 // args.group_size), -(-args.prompts_per_step // ranks))
         rows = prompts * args.group_size
         cache = 1.5 * rows * length * sampled.layers * sampled.kv * c  # it grows by half
@@ -227,18 +227,39 @@ def smallest_engine(args, sampled: Shape) -> float:
     return parted + residual + sampler + GRAPHS
 
 
-def print_plan(args, trained: str, frozen: Sequence[str], sampled: str) -> None:
+def models_of(args) -> tuple[str, list[str], str | None]:
+    """The models of a trainer's Args, by name: the one that it trains, those that it holds frozen
+    beside it, and the one that samples (None where the rollouts come from a file)."""
+    if hasattr(args, "teacher"):
+        frozen = [args.teacher]
+        only_the_teacher_samples = hasattr(args, "correct_only")  # fkl_warmup.py
+        sampled = args.teacher if only_the_teacher_samples else args.model
+    else:
+        frozen = [args.model] if args.kl_coef > 0 else []
+        sampled = args.model
+    return args.model, frozen, None if getattr(args, "rollouts", None) else sampled
+
+
+def plan_of(args, ranks: int, gpu_memory: float | None, base_model=lambda name: name) -> Plan:
+    """The plan of a trainer with these Args. base_model: from the name of a model that may not be
+    there yet to one of the same shape. Raises UserError for a model whose shape is not known."""
+    trained, frozen, sampled = models_of(args)
+    names = {name: base_model(name) for name in (trained, *frozen, sampled) if name}
+    shapes = {name: shape_of(base) for name, base in names.items()}
+    missing = dict.fromkeys(names[name] for name, shape in shapes.items() if shape is None)
+    check(not missing, f"no memory plan of {', '.join(missing)}: no config.json that it can read")
+    of_frozen = [shapes[name] for name in frozen]
+    return plan(args, shapes[trained], of_frozen, shapes.get(sampled), ranks, gpu_memory)
+
+
+def print_plan(args) -> None:
     """What a trainer's --dry_run shows: the plan of each rank of this torchrun."""
     if int(os.environ.get("RANK", 0)) > 0:
         return
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    shapes = {name: shape_of(name) for name in (trained, *frozen)}
-    missing = [name for name, shape in shapes.items() if shape is None]
-    check(not missing, f"no memory plan of {', '.join(missing)}: no config.json that it can read")
-    size = args.gpu_memory_gb * GB if args.gpu_memory_gb else None
-    if size is None and torch.cuda.is_available() and args.device != "cpu":
-        size = torch.cuda.get_device_properties(0).total_memory
-    of_frozen = [shapes[name] for name in frozen]
-    planned = plan(args, shapes[trained], of_frozen, shapes[sampled], ranks, size)
-    print(f"memory plan of {trained}, GB for each of {ranks} ranks: computed, not measured")
-    print(planned.table(size))
+    gpu_memory = args.gpu_memory_gb and args.gpu_memory_gb * GB
+    if gpu_memory is None and torch.cuda.is_available() and args.device != "cpu":
+        gpu_memory = torch.cuda.get_device_properties(0).total_memory
+    table = plan_of(args, ranks, gpu_memory).table(gpu_memory)
+    title = f"memory plan of {args.model}, GB for each of {ranks} ranks: computed, not measured"
+    print(f"{title}\n{table}")

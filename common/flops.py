@@ -1,0 +1,59 @@
+"""FLOPs of matrix products (2 a multiply-add), counted where they are spent: in sampling, forward
+and backward. What checkpointed activations compute again is left out.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+# Of this rank, since the last `take`: those of the trained model and its reference, and those of
+# the frozen teacher.
+_spent = {"policy": 0.0, "teacher": 0.0}
+
+
+def take(role: str) -> float:
+    """What has been spent on the policy or the teacher since this was last asked."""
+    spent, _spent[role] = _spent[role], 0.0
+    return spent
+
+
+def count_forward(model, mask: torch.Tensor, passes: int = 1) -> None:
+    """Forward passes over right-padded sequences, where mask [B, T] is set at positions that
+    predict a loss token: the last ones of each sequence. A backward is worth two passes."""
+    positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    ends = (mask * positions).amax(1).tolist()  # the last token of a completion predicts nothing
+    completions = mask.sum(1).tolist()
+    lengths = [(end - n + 1, n) for end, n in zip(ends, completions, strict=True) if n > 0]
+    _spent[role_of(model)] += passes * forward_flops(model, lengths)
+
+
+def count_sampling(model, rollouts: Sequence, group_size: int) -> None:
+    """Completions of which `group_size` have their prompt computed once."""
+    lengths = [(len(rollout.prompt_ids), len(rollout.completion_ids)) for rollout in rollouts]
+    _spent[role_of(model)] += forward_flops(model, lengths, group_size)
+
+
+def role_of(model) -> str:
+    return getattr(model, "flops_role", "policy")
+
+
+def forward_flops(model, lengths: Iterable[tuple[int, int]], shared: int = 1) -> float:
+    """FLOPs of a dense model's forward pass over sequences of so many prompt and completion tokens.
+
+    The head counts at the tokens that predict a completion token, attention at pairs of a query and
+    a key that it may see. `shared`: so many completions have their prompt computed once.
+    """
+    config, head = model.config, model.get_output_embeddings()
+    body = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m != head)
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    pair = 4 * config.num_hidden_layers * heads * head_size
+    flops = 0.0
+    for prompt, completion in lengths:
+        length = prompt + completion - 1
+        prompt_pairs, all_pairs = prompt * (prompt + 1) / 2, length * (length + 1) / 2
+        flops += 2 * body * (prompt / shared + completion - 1)
+        flops += 2 * head.weight.numel() * completion
+        flops += pair * (prompt_pairs / shared + all_pairs - prompt_pairs)
+    return flops

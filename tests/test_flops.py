@@ -1,0 +1,39 @@
+"""FLOPs: against torch's own counter, and counted where they are spent."""
+
+import torch
+from conftest import tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from common import flops
+from common.flops import forward_flops
+from common.head import chunked_backward, frozen_hidden_states
+
+
+def test_flops_are_those_that_torch_counts(tokenizer):
+    """torch counts all T x T pairs of the eager attention; a causal one needs T (T + 1) / 2."""
+    model = tiny_model(tokenizer, attn_implementation="eager")
+    for prompt, completion in ((5, 9), (7, 1)):
+        T = prompt + completion - 1
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            hidden = model.model(torch.arange(T)[None]).last_hidden_state
+            model.lm_head(hidden[:, prompt - 1 :])
+        attention = 4 * 2 * 4 * 8  # layers, heads, head size
+        expected = counter.get_total_flops() - attention * (T**2 - T * (T + 1) / 2)
+        assert forward_flops(model, [(prompt, completion)]) == expected
+    shared = forward_flops(model, [(7, 1)] * 6, shared=6)
+    assert forward_flops(model, [(7, 1)]) < shared < 6 * forward_flops(model, [(7, 1)])
+
+
+def test_micro_batches_count_as_their_sequences(model):
+    """Whatever the padding; a backward is worth two forwards; a filled-up micro-batch nothing."""
+    lengths, loss = [(3, 4), (2, 1), (5, 2)], lambda logits: (logits.sum(), {})
+    input_ids, mask = torch.ones(3, 9).long(), torch.zeros(3, 9, dtype=torch.bool)
+    for row, (prompt, completion) in enumerate(lengths):
+        mask[row, prompt - 1 : prompt + completion - 1] = True
+    flops.take("policy")
+    frozen_hidden_states(model, input_ids, mask)
+    frozen_hidden_states(model, torch.zeros(1, 1).long(), torch.zeros(1, 1, dtype=torch.bool))
+    assert flops.take("policy") == forward_flops(model, lengths)
+    chunked_backward(model, input_ids, mask, loss, {}, 1.0, 4)
+    assert flops.take("policy") == 3 * forward_flops(model, lengths)
+    assert flops.take("policy") == flops.take("teacher") == 0.0

@@ -1,0 +1,147 @@
+"""report.png: the rows with intervals, what they cost, and what happens to the student."""
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from toy.make import is_step_by_step
+from workflow.routes import ROUTES, Evaluation
+
+UNTRAINED = "models/untrained_student"
+MODELS_COLOUR = "#8c8c8c"
+# How far a student has come, by the kind of its last training stage.
+PHASES = ["untrained", "after warmup", "after transfer", "after GRPO"]
+PHASE_OF = {"fkl_warmup": 1, "sft_transfer": 2, "opd": 2, "student_grpo": 3}
+
+
+def colour_of(route: str) -> str:
+    return ROUTES[route].colour if route in ROUTES else MODELS_COLOUR
+
+
+def draw(rows: list[dict], evaluations: list[Evaluation], path: Path) -> None:
+    """Routes with intervals, one panel a benchmark; then, of the first benchmark, accuracy against
+    label uses and FLOPs, the KL to the teacher through the student's stages, and its behaviour."""
+    import matplotlib  # here: half a second, and only the last process draws
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(rows[0]["benchmarks"])
+    heights = [0.8 + 0.27 * len(rows), 4.2, 4.2]
+    size = (6.6 * max(2, len(names)), sum(heights))
+    figure = pyplot.figure(figsize=size, layout="constrained")
+    top, middle, bottom = figure.subfigures(3, 1, height_ratios=heights)
+    panels = top.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for panel, name in zip(panels, names, strict=True):
+        draw_routes(panel, rows, name)
+    labels, flops = middle.subplots(1, 2, sharey=True)
+    draw_cost(labels, rows, names[0], lambda row: row["label_uses"])
+    labels.set_xlabel("label uses (reward calls)")
+    labels.set_xscale("symlog", linthresh=5000)
+    both = ("training_flops", "teacher_flops")
+    draw_cost(flops, rows, names[0], lambda row: sum(row[key] for key in both) / 1e12)
+    flops.set_xlabel("TFLOPs, teacher included")
+    flops.set_xscale("symlog", linthresh=0.1)
+    distance, behaviour = bottom.subplots(1, 2)
+    draw_distance(distance, evaluations)
+    draw_behaviour(behaviour, evaluations, names[0])
+    for panel in (*panels, labels, flops, distance, behaviour):
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def draw_routes(panel, rows: list[dict], name: str) -> None:
+    for y, row in enumerate(rows):
+        result = row["benchmarks"][name]
+        value = 100 * result["accuracy"]
+        low, high = (100 * v for v in result["over_seeds"] or result["over_problems"])
+        errors = [[max(0.0, value - low)], [max(0.0, high - value)]]
+        bar = {"color": colour_of(row["route"]), "height": 0.66, "capsize": 2.5}
+        panel.barh(y, value, xerr=errors, **bar)
+        by_seed = [100 * v for v in result["by_seed"].values()]
+        if len(by_seed) > 1:
+            panel.plot(by_seed, [y] * len(by_seed), "k.", markersize=3, alpha=0.45)
+        end = max(high, *by_seed)
+        panel.text(end + 1.5, y, f"{value:.1f}", va="center", fontsize=8)
+    panel.set_xlim(0, 112)
+    panel.set_xticks(range(0, 101, 20))
+    over = "seeds (dots)" if any(r["benchmarks"][name]["over_seeds"] for r in rows) else "problems"
+    panel.set_title(f"avg@{result['num_samples']} on {Path(name).stem}, %, 95% over {over}")
+    panel.set_yticks(range(len(rows)), [row["title"] for row in rows], fontsize=9)
+    panel.invert_yaxis()
+
+
+def draw_cost(panel, rows: list[dict], name: str, cost: Callable[[dict], float]) -> None:
+    """Each route as a line through its stages."""
+    start = next(row for row in rows if row["id"] == UNTRAINED)
+    for route in dict.fromkeys(row["route"] for row in rows if row["route"] in ROUTES):
+        points = [start] + [row for row in rows if row["route"] == route]
+        x = [cost(row) for row in points]
+        y = [100 * row["benchmarks"][name]["accuracy"] for row in points]
+        panel.plot(x, y, "-", color=colour_of(route), linewidth=1, alpha=0.5)
+        panel.plot(x[1:], y[1:], "o", color=colour_of(route), markersize=6, label=route)
+    panel.set_ylabel(f"avg@{start['benchmarks'][name]['num_samples']}, %")
+    panel.legend(fontsize=7, loc="upper left")
+
+
+def draw_distance(panel, evaluations: list[Evaluation]) -> None:
+    """C2: KL(student || teacher) at each student step, mean over seeds."""
+    curves: dict[str, dict[int, list[float]]] = {}  # route -> seed -> curve of its longest student
+    for evaluation in evaluations:
+        stages = [s for s in evaluation.stage.lineage() if s.kind in ("fkl_warmup", "opd")]
+        if stages and evaluation.route not in ("models", "replay"):
+            logs = [(stage.folder / "metrics.jsonl").read_text() for stage in stages]
+            lines = [line for log in logs for line in log.splitlines()]
+            curve = [json.loads(line)["policy/reverse_kl"] for line in lines]
+            by_seed = curves.setdefault(evaluation.route, {})
+            by_seed[evaluation.seed] = max(by_seed.get(evaluation.seed, []), curve, key=len)
+    for route, by_seed in curves.items():
+        shortest = min(map(len, by_seed.values()))
+        mean = np.mean([curve[:shortest] for curve in by_seed.values()], axis=0)
+        panel.plot(range(1, shortest + 1), mean, color=colour_of(route), label=route)
+    panel.set_yscale("log")
+    panel.set_xlabel("student step (FKL warmup on the teacher's rollouts, then OPD on its own)")
+    panel.set_ylabel("KL(student ‖ teacher), nats a token")
+    panel.set_title("C2: the student comes near its teacher", fontsize=11)
+    panel.legend(fontsize=7)
+
+
+def draw_behaviour(panel, evaluations: list[Evaluation], name: str) -> None:
+    """C1: what the reward has taught the teacher and what arrives in the student."""
+    values: dict[str, list[float]] = {}
+    rows = {evaluation.id: evaluation for evaluation in evaluations}
+    for evaluation in evaluations:
+        values.setdefault(evaluation.id, []).append(behaviour_of(evaluation, name))
+    means = {row: statistics.fmean(listed) for row, listed in values.items()}
+    teachers = [row for row in rows if rows[row].route == "models" and row != UNTRAINED]
+    last = None
+    for row in sorted(teachers, key=means.get):
+        panel.axhline(means[row], color=MODELS_COLOUR, linewidth=0.8, linestyle=":")
+        near = last is not None and means[row] - last < 3  # else the names would overlap
+        height = means[row] + (2.5 if near else 0)
+        panel.text(3.08, height, rows[row].title, fontsize=7, color="#5c5c5c")
+        last = means[row]
+    for route in dict.fromkeys(e.route for e in evaluations if e.route in ROUTES):
+        students = [row for row in rows if rows[row].route == route]
+        phases = [PHASE_OF[rows[row].stage.needs[0].kind] for row in students]
+        y = [means[row] for row in (UNTRAINED, *students)]
+        line = {"color": colour_of(route), "label": route, "alpha": 0.85}
+        panel.plot([0, *phases], y, "o-", **line)
+    panel.set_xticks(range(4), PHASES)
+    panel.set_xlim(-0.2, 3.9)
+    label = "works step by step, %" if name == "toy" else "mean completion length, tokens"
+    panel.set_ylabel(label)
+    panel.set_title("C1: what the teachers (dotted) have learned reaches the students", fontsize=11)
+    panel.legend(fontsize=7)
+
+
+def behaviour_of(evaluation: Evaluation, name: str) -> float:
+    """On the toy, % of completions that work step by step; else their mean length in tokens."""
+    if name != "toy":
+        return evaluation.stage.result()["benchmarks"][name]["rollout/length"]
+    lines = (evaluation.stage.folder / "samples" / "toy.jsonl").read_text().splitlines()
+    return 100 * statistics.fmean(is_step_by_step(json.loads(line)["completion"]) for line in lines)

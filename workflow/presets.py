@@ -1,0 +1,215 @@
+"""The settings of each kind of stage, with their source, for the toy and for the paper's models.
+
+A user's own preset is a JSON file, laid over the one that fits the teacher:
+
+    python bridge.py --preset mine.json     # {"student_grpo": {"num_steps": 100, "kl_coef": 0.0}}
+
+It names kinds of stages (KINDS) and flags of their scripts. Flags of bridge.py come last.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from common.errors import UserError, check, one_line
+from common.model import lacks_chat_template
+
+# Kind of stage -> its script, and the flags that make the kind.
+KINDS: dict[str, tuple[str, dict[str, object]]] = {
+    "teacher_grpo": ("grpo.py", {}),
+    "teacher_sft": ("fkl_warmup.py", {"hard_labels": True, "correct_only": True}),
+    "fkl_warmup": ("fkl_warmup.py", {}),
+    "opd": ("opd.py", {}),
+    "sft_transfer": ("fkl_warmup.py", {"hard_labels": True}),
+    "student_grpo": ("grpo.py", {}),
+    "evaluate": ("evaluate.py", {}),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A flag's value, and who says so: the paper, its authors' public scripts, we, the command line
+    or a user's file."""
+
+    value: object
+    source: str
+    note: str = ""
+
+    @property
+    def is_users(self) -> bool:
+        return self.source not in ("paper", "authors' scripts", "ours")
+
+
+def paper(value: object, note: str = "") -> Setting:
+    return Setting(value, "paper", note)
+
+
+def scripts(value: object, note: str = "") -> Setting:
+    return Setting(value, "authors' scripts", note)
+
+
+def ours(value: object, note: str = "") -> Setting:
+    return Setting(value, "ours", note)
+
+
+Preset = dict[str, dict[str, Setting]]  # kind of stage -> flag -> setting
+
+TOY_SHARED = {
+    "prompts_per_step": ours(12, "40 steps are one epoch of 1H"),
+    "group_size": ours(16),
+    "micro_batch_tokens": ours(2048, "small matrices stay in a processor's cache"),
+}
+TOY_GRPO = TOY_SHARED | {
+    "warmup_steps": ours(10),
+    "kl_coef": ours(0.0, "no reference model: groups whose rewards agree cost no update"),
+}
+TOY_TRANSFER = TOY_SHARED | {"warmup_steps": ours(5)}
+TOY: Preset = {
+    "teacher_grpo": TOY_GRPO
+    | {
+        "num_steps": ours(40, "as many as warmup and OPD, so that cold GRPO gets as many updates"),
+        "learning_rate": ours(2e-4),
+    },
+    "teacher_sft": TOY_TRANSFER
+    | {"num_steps": ours(40, "the label uses of teacher_grpo"), "learning_rate": ours(2e-4)},
+    "fkl_warmup": TOY_TRANSFER | {"num_steps": ours(15), "learning_rate": ours(7e-4)},
+    "opd": TOY_TRANSFER | {"num_steps": ours(25), "learning_rate": ours(3e-4)},
+    "sft_transfer": TOY_TRANSFER | {"learning_rate": ours(7e-4, "as fkl_warmup")},
+    "student_grpo": TOY_GRPO | {"num_steps": ours(20), "learning_rate": ours(3e-4)},
+    "evaluate": {"num_samples": paper(16), "temperature": ours(1.0, "as in training")},
+}
+
+REAL_SHARED = {
+    "dtype": paper("bfloat16"),
+    "activation_checkpointing": ours(True, "sequences of 19,000 tokens"),
+    "learning_rate": paper(1e-6),
+    "max_new_tokens": paper(16384),
+    "chunk_size": ours(1024, "tokens of the head at once: 0.6 GB of float32 logits at 152k words"),
+    "warmup_steps": ours(10),
+}
+REAL_GRPO = REAL_SHARED | {
+    "num_steps": ours(660, "the paper's 10 epochs of a half of DAPO, about 8,450 problems"),
+    "prompts_per_step": ours(128),
+    "num_minibatches": ours(16, "the paper's mini-batch of 8, taken as prompts"),
+    "group_size": scripts(8),
+    "temperature": scripts(1.0),
+    "max_prompt_tokens": paper(3072),
+    "micro_batch_tokens": paper(3072 + 16384, "its 1 sequence, at full length"),
+    "max_grad_norm": paper(1.0),
+    "clip_low": paper(0.2),
+    "clip_high": paper(0.2),
+    "kl_coef": paper(5e-4),
+}
+REAL_TRANSFER = REAL_SHARED | {
+    "prompts_per_step": paper(64, "its mini-batch, taken as prompts"),
+    "group_size": paper(8),
+    "temperature": paper(1.0),
+    "max_prompt_tokens": paper(2048),
+    "micro_batch_tokens": paper(4 * (2048 + 16384), "its 4 sequences, at full length"),
+}
+REAL: Preset = {
+    "teacher_grpo": REAL_GRPO,
+    "teacher_sft": REAL_TRANSFER | {"num_steps": ours(1320, "the label uses of teacher_grpo")},
+    "fkl_warmup": REAL_TRANSFER | {"num_steps": ours(33, "a quarter of an epoch of a half")},
+    "opd": REAL_TRANSFER | {"num_steps": ours(132, "the paper's 1 epoch of a half")},
+    "sft_transfer": REAL_TRANSFER,
+    "student_grpo": REAL_GRPO,
+    "evaluate": {
+        "dtype": paper("bfloat16"),
+        "vllm_gpu_memory": ours(0.85, "nothing else is on the GPU"),
+        "num_samples": paper(16),
+        "max_new_tokens": paper(16384),
+        "max_prompt_tokens": paper(3072),
+        "temperature": scripts(0.7),
+        "top_p": scripts(0.8),
+        "top_k": scripts(20),
+    },
+}
+
+# Flags of bridge.py that replace a preset's value in every stage whose script has them.
+OVERRIDES = (
+    *("max_prompt_tokens", "max_new_tokens", "dtype", "vllm_gpu_memory", "tensor_parallel"),
+    *("chat_template", "num_steps", "prompts_per_step", "group_size", "micro_batch_tokens"),
+    *("learning_rate", "num_minibatches", "num_samples", "num_problems"),
+)
+
+
+def fill_in(args) -> None:
+    """Set the flags of bridge.py whose default follows from the teacher."""
+    toy = args.teacher.startswith("toy/")
+    if args.student is None:
+        known = toy or args.teacher.startswith("Qwen/Qwen3-")
+        check(known, f"there is no default student for teacher {args.teacher}; set --student")
+        args.student = "toy/student" if toy else "Qwen/Qwen3-1.7B"
+    args.backend = "torch" if toy and args.backend == "auto" else args.backend
+    args.dataset = args.dataset or ("toy" if toy else "open-r1/DAPO-Math-17k-Processed:all")
+    args.benchmarks = args.benchmarks or (("toy",) if toy else ("math500", "aime24", "aime25"))
+    if args.chat_template is None and lacks_chat_template(args.student):
+        args.chat_template = args.teacher
+    args.output_dir = args.output_dir or f"runs/bridge-{Path(args.teacher).name}"
+
+
+def preset_of(args) -> Preset:
+    """The built-in preset, under the user's file, under the command line."""
+    preset = TOY if args.teacher.startswith("toy/") else REAL
+    from_file = read_preset(args.preset) if args.preset else {}
+    chosen = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
+    overrides = {name: Setting(value, "command line") for name, value in chosen.items()}
+    return {
+        kind: settings
+        | from_file.get(kind, {})
+        | {name: setting for name, setting in overrides.items() if name in flags_of(kind)}
+        for kind, settings in preset.items()
+    }
+
+
+def read_preset(path: str) -> Preset:
+    """A user's file. Raises UserError, naming what is known, for kinds and flags that there are not
+    and for values that a script would refuse."""
+    try:
+        kinds = {kind: dict(flags) for kind, flags in json.loads(Path(path).read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        form = "a JSON object: kind of stage -> flag -> value"
+        raise UserError(f"--preset {path} is not {form} ({one_line(error)})") from error
+    for kind, flags in kinds.items():
+        known = ", ".join(KINDS)
+        check(kind in KINDS, f"{path}: there is no kind of stage {kind}; there are {known}")
+        for flag in flags:
+            known = ", ".join(flags_of(kind))
+            check(flag in flags_of(kind), f"{path}: {kind} has no flag {flag}; it has {known}")
+    return {
+        kind: {f: Setting(parsed(kind, f, value), Path(path).name) for f, value in flags.items()}
+        for kind, flags in kinds.items()
+    }
+
+
+def flags_of(kind: str) -> dict[str, object]:
+    """The flags of a kind's script, with what dataclasses knows of each."""
+    return script_args(KINDS[kind][0]).__dataclass_fields__
+
+
+def script_args(script: str) -> type:
+    """The Args of grpo.py, evaluate.py, ..."""
+    return importlib.import_module(script.removesuffix(".py")).Args
+
+
+def parsed(kind: str, flag: str, value: object) -> object:
+    """A flag's value, as its script would read it from the command line."""
+    script = script_args(KINDS[kind][0])
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return getattr(tyro.cli(script, args=words(flag, value), use_underscores=True), flag)
+    except SystemExit:
+        raise UserError(f"--{flag} of {kind} cannot be {json.dumps(value)}") from None
+
+
+def words(flag: str, value: object) -> list[str]:
+    """A flag on the command line."""
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no_{flag}"]
+    return [f"--{flag}", *map(str, value if isinstance(value, tuple | list) else (value,))]

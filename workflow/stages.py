@@ -1,0 +1,157 @@
+"""A stage: one child process, its command, the stages that it needs, and whether it is finished."""
+
+import json
+import shlex
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from common.data import template_fingerprint
+from common.errors import check
+from common.fingerprint import inputs_of
+from common.folder import MAY_CHANGE
+from common.model import load_tokenizer
+from workflow.presets import Preset, Setting, script_args, words
+
+
+@dataclass
+class Stage:
+    """One child process: its flags, and which stages must be finished before."""
+
+    name: str
+    kind: str  # of the preset
+    script: str
+    folder: Path
+    wiring: dict[str, object]  # flags that follow from the route
+    settings: dict[str, Setting]  # flags that someone chose
+    needs: list["Stage"] = field(default_factory=list)
+    budget_flag: str | None = None  # --stop_at_tokens or --stop_at_flops,
+    budget_of: list["Stage"] = field(default_factory=list)  # at what these stages have used
+    launcher: tuple[str, ...] = ("python",)  # or torchrun and its flags
+
+    @property
+    def flags(self) -> dict[str, object]:
+        flags = self.wiring | {name: setting.value for name, setting in self.settings.items()}
+        if self.budget_flag:
+            flags[self.budget_flag] = self.budget()
+        return flags
+
+    def budget(self) -> float | str:
+        """What the stages that it must match have used; before they are finished, words."""
+        quantity = self.budget_flag.removeprefix("stop_at_")
+        if not all(stage.manifest.exists() for stage in self.budget_of):
+            return f"<{quantity} of {', '.join(stage.name for stage in self.budget_of)}>"
+        return sum(stage.used()[quantity] for stage in self.budget_of)
+
+    def used(self) -> dict[str, float]:
+        """Generated tokens and FLOPs of a finished training stage, its teacher's included."""
+        done = self.result()
+        flops = done["flops"] + done["teacher_flops"]
+        return {"tokens": done["generated_tokens"], "flops": flops}
+
+    def result(self) -> dict:
+        """What a finished stage has left: a trainer's manifest, or evaluate.py's results."""
+        return json.loads(self.manifest.read_text())
+
+    def args(self):
+        """Its script's Args, with these flags."""
+        return script_args(self.script)(**self.flags)
+
+    @property
+    def command(self) -> list[str]:
+        return [*self.launcher, self.script, *self.arguments]
+
+    @property
+    def arguments(self) -> list[str]:
+        return [word for name, value in self.flags.items() for word in words(name, value)]
+
+    @property
+    def manifest(self) -> Path:
+        return self.folder / ("results.json" if self.script == "evaluate.py" else "manifest.json")
+
+    @property
+    def final(self) -> str:
+        return str(self.folder / "final")
+
+    def maker(self, model: str) -> "Stage | None":
+        """The stage before it that has trained `model`, if one has."""
+        return next((stage for stage in self.needs if stage.final == model), None)
+
+    def base_model(self, model: str) -> str:
+        """The model that the checkpoint `model` comes from: it has its shape."""
+        maker = self.maker(model)
+        return model if maker is None else maker.base_model(maker.wiring["model"])
+
+    def lineage(self) -> list["Stage"]:
+        """Every training stage that its model comes from, itself included, the first one first."""
+        stages = [ancestor for stage in self.needs for ancestor in stage.lineage()]
+        stages += [] if self.script == "evaluate.py" else [self]
+        return list({stage.name: stage for stage in stages}.values())
+
+    def is_finished(self) -> bool:
+        """Whether it was finished before. Raises UserError if that was with other settings, or with
+        other files than those that lie there now."""
+        if not self.manifest.exists():
+            return False
+        config = json.loads((self.folder / "config.json").read_text())
+        args = self.args()
+        wanted = json.loads(json.dumps(vars(args)))
+        differing = [k for k in wanted if k not in MAY_CHANGE and config.get(k) != wanted[k]]
+        check(
+            not differing,
+            f"{self.folder} was finished with other settings ({', '.join(differing)}); "
+            "choose another --output_dir",
+        )
+        models = (args.model, getattr(args, "teacher", None), args.chat_template)
+        template = {"template_fingerprint": _template_of(*models, args.thinking)}
+        now = inputs_of(args) | template
+        replaced = [name for name in now if config.get(name) != now[name]]
+        check(
+            not replaced,
+            f"{self.folder} was finished with other files ({', '.join(replaced)}): what lies there "
+            "now was put there since; choose another --output_dir",
+        )
+        return True
+
+
+@cache
+def _template_of(model: str, teacher: str | None, chat_template: str | None, thinking: bool) -> str:
+    return template_fingerprint(load_tokenizer(model, teacher, chat_template), thinking)
+
+
+# === what --dry_run shows ===
+
+
+def print_plan(stages: list[Stage], preset: Preset) -> None:
+    """Each command, then each setting with its source, then the budget."""
+    for stage in stages:
+        print(f"\n# {stage.name}\n{shlex.join(stage.command)}")
+    print("\n# settings and who chose them; what is not listed is the script's default")
+    kinds = dict.fromkeys(stage.kind for stage in stages)
+    listed = [(kind, setting) for kind in kinds for setting in preset[kind].items()]
+    listed += [
+        (stage.name, setting)
+        for stage in stages
+        for setting in stage.settings.items()
+        if setting not in preset[stage.kind].items()
+    ]
+    for where, (name, setting) in listed:
+        source = f"{setting.source}: {setting.note}" if setting.note else setting.source
+        print(f"{where:22} {name:18} {setting.value!s:10} {source}")
+    print_budget(stages)
+
+
+def print_budget(stages: list[Stage]) -> None:
+    """What the training stages can generate at most."""
+    print("\n# token budget: at most")
+    for stage in stages:
+        if stage.script != "evaluate.py":
+            completions, tokens = most_tokens(stage)
+            print(f"{stage.name:22} {completions:>11,} completions {tokens:>18,} tokens")
+
+
+def most_tokens(stage: Stage) -> tuple[int, int]:
+    """Completions and tokens that a training stage can generate."""
+    args = stage.args()
+    completions = args.num_steps * args.prompts_per_step * args.group_size
+    return completions, completions * args.max_new_tokens
