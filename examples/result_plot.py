@@ -1,0 +1,46 @@
+"""The README's plot of the study, out of its results.json: python examples/result_plot.py"""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+STUDY = Path(__file__).parents[1] / "docs" / "study"
+ROWS = {  # title in results.json -> label and colour
+    "untrained student": ("untrained student", "#8c8c8c"),
+    "cold: GRPO (all)": ("cold GRPO", "#d9762b"),
+    "RL teacher: FKL, OPD (1H), GRPO (2H)": ("bridge (half)", "#1f6fb4"),
+    "cold: GRPO (all), flops of full": ("cold at equal compute", "#dfaf8b"),
+}
+
+
+def main() -> None:
+    found = {row["title"]: row for row in json.loads((STUDY / "results.json").read_text())["rows"]}
+    figure, (accuracy, labels) = plt.subplots(
+        1, 2, figsize=(7, 2.6), sharey=True, width_ratios=(3, 2), layout="constrained"
+    )
+    for y, (title, (_, colour)) in enumerate(ROWS.items()):
+        toy, uses = found[title]["benchmarks"]["toy"], found[title]["label_uses"]
+        ends = [100 * end for end in toy["over_seeds"] or ()]  # an untrained model has no seeds
+        value = 100 * toy["accuracy"]
+        accuracy.barh(y, value, color=colour, height=0.62)
+        accuracy.plot(ends, [y] * len(ends), "k|-", markersize=8)
+        accuracy.text(max([value, *ends]) + 2.5, y, f"{value:.1f}%", va="center")
+        labels.barh(y, uses, color=colour, height=0.62)
+        labels.text(uses + 4000, y, f"{uses:,.0f}", va="center")
+    accuracy.set(title="avg@16, and 95% intervals over ten seeds", xlim=(0, 117), xticks=[])
+    accuracy.set_yticks(range(len(ROWS)), [label for label, _ in ROWS.values()])
+    accuracy.invert_yaxis()
+    labels.set(title="label uses", xlim=(0, 225_000), xticks=[])
+    for panel in (accuracy, labels):
+        panel.spines[["top", "right", "bottom"]].set_visible(False)
+        panel.tick_params(axis="y", length=0)
+        panel.title.set_fontsize(10)
+    figure.savefig(STUDY / "result.png", dpi=200)
+
+
+if __name__ == "__main__":
+    main()
