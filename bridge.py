@@ -121,22 +121,22 @@ def main(args: Args) -> None:
     machine = find_machine(args)
     stages, evaluations = plan(args, preset, machine)
     check_folder(Path(args.output_dir))
-    fit = check_fit(args, machine, stages)
-    if args.dry_run and fit.rows:
-        print(f"\n{markdown(FIT_HEADER, fit.rows)}\n(for each GPU; computed, not measured)\n")
-    print("".join(f"{line}\n" for line in dict.fromkeys(fit.details)), end="")
+    problems, rows, details = check_fit(args, machine, stages)
+    if args.dry_run and rows:
+        print(f"\n{markdown(FIT_HEADER, rows)}\n(for each GPU; computed, not measured)\n")
+    print("".join(f"{line}\n" for line in details), end="")
     if args.dry_run:
         print_plan(stages, preset)
-        print("".join(f"\nthis would not run: {problem}" for problem in fit.problems))
+        print("".join(f"\nthis would not run: {problem}" for problem in problems))
         return
     began = time.perf_counter()
     if args.only_report:
         check_finished(stages)
     else:
         hint = "; use more GPUs, smaller models or another --output_dir"
-        check(not fit.problems, "; ".join(fit.problems) + hint)
+        check(not problems, "; ".join(problems) + hint)
         print_budget(stages)
-        run_stages(stages, args.jobs)
+        run_stages(stages, args.jobs, machine.forks)
     if args.node_rank == 0:
         write_report(Path(args.output_dir), args, evaluations)
     print(f"total: {time.perf_counter() - began:.0f} s")
@@ -158,6 +158,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_finished(stages: list) -> None:
+    """What --only_report needs."""
     missing = [stage.name for stage in stages if not stage.is_finished()]
     names = ", ".join(missing[:3])
     message = f"{len(missing)} of {len(stages)} stages are not finished ({names} ...)"

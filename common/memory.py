@@ -30,7 +30,9 @@ GRAPHS = 1 * GB  # vLLM's CUDA graphs: an allowance too
 SEQUENCES = 16  # whole ones in vLLM's cache: with fewer it samples one after the other
 FIXED = 2 * GB  # CUDA context, communication buffers, fragmentation: an allowance, not measured
 
-# hidden, layers, heads, key-value heads, intermediate, tied: for a plan without the network.
+# For a plan without the network.
+QWEN3_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+QWEN3_FIELDS += ("num_key_value_heads", "intermediate_size", "tie_word_embeddings")
 QWEN3 = {
     "Qwen/Qwen3-0.6B": (1024, 28, 16, 8, 3072, True),
     "Qwen/Qwen3-1.7B": (2048, 28, 16, 8, 6144, True),
@@ -82,17 +84,8 @@ def config_of(name: str):
     if (Path(path) / "config.json").exists() or try_to_load_from_cache(path, "config.json"):
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     if name in QWEN3:
-        hidden, layers, heads, kv_heads, inner, tied = QWEN3[name]
-        return Qwen3Config(
-            vocab_size=151_936,
-            hidden_size=hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=128,
-            intermediate_size=inner,
-            tie_word_embeddings=tied,
-        )
+        fields = dict(zip(QWEN3_FIELDS, QWEN3[name], strict=True))
+        return Qwen3Config(vocab_size=151_936, head_dim=128, **fields)
     return None
 
 
@@ -261,5 +254,5 @@ def print_plan(args) -> None:
     if gpu_memory is None and torch.cuda.is_available() and args.device != "cpu":
         gpu_memory = torch.cuda.get_device_properties(0).total_memory
     table = plan_of(args, ranks, gpu_memory).table(gpu_memory)
-    title = f"memory plan of {args.model}, GB for each of {ranks} ranks: computed, not measured"
-    print(f"{title}\n{table}")
+    print(f"memory plan of {args.model}, GB for each of {ranks} ranks: computed, not measured")
+    print(table)

@@ -1,25 +1,18 @@
-"""Runs trainers in forked children, so that fifty killed runs do not cost fifty imports.
+"""The workflow's fork server, whose children can be told to fail (`fault`: where and when).
 
-Reads a job a line ({script, flags, log, fault}), prints the child's wait status a line.
+Fifty killed runs do not cost fifty imports.
 """
 
-import json
 import os
 import resource
 import signal
-import sys
 import threading
 
 import torch
 
-import fkl_warmup
-import grpo
-import opd
 from common import checkpoint, files, head, torch_engine
 from common.errors import RunFailure
-from common.start import start
-
-MODULES = {"grpo": grpo, "opd": opd, "fkl_warmup": fkl_warmup}
+from workflow.fork_server import serve
 
 
 def die(*_) -> None:
@@ -49,7 +42,10 @@ def poison(hidden: torch.Tensor) -> torch.Tensor:
     return hidden * float("nan")
 
 
-def plant(site: str, number: float) -> None:
+def plant(job: dict) -> None:
+    if not job["fault"]:
+        return
+    site, number = job["fault"]
     if site == "time":
         threading.Timer(number, die).start()
     elif site == "generate":
@@ -69,28 +65,5 @@ def plant(site: str, number: float) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))
 
 
-def child(job: dict) -> None:
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    if job["fault"]:
-        plant(*job["fault"])
-    module = MODULES[job["script"]]
-    sys.argv = [f"{job['script']}.py", *job["flags"]]
-    code = 0
-    try:
-        start(module.main, module.Args, module.__doc__)
-    except SystemExit as stop:
-        code = stop.code or 0
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-torch.set_num_threads(1)
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        child(json.loads(line))
-    _, status = os.waitpid(pid, 0)
-    print(os.waitstatus_to_exitcode(status), flush=True)
+if __name__ == "__main__":
+    serve(prepare=plant)

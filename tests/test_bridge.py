@@ -15,7 +15,7 @@ import bridge
 from common.errors import RunFailure, UserError
 from common.fingerprint import ROOT
 from workflow import machine, processes
-from workflow.presets import flags_of, preset_of
+from workflow.presets import preset_of, script_args
 from workflow.routes import ROUTES
 from workflow.stages import Stage
 
@@ -57,7 +57,7 @@ def test_the_plan_for_the_real_models_needs_nothing(capsys, tmp_path, monkeypatc
 def test_every_planned_flag_is_one_of_its_script(teacher):
     args = bridge.Args(teacher=teacher, routes=("all",))
     for stage in planned(args)[0]:
-        assert set(stage.flags) <= set(flags_of(stage.kind)), stage.name
+        assert set(stage.flags) <= set(script_args(stage.kind).__dataclass_fields__), stage.name
 
 
 @pytest.mark.parametrize("teacher", ["toy/teacher", "Qwen/Qwen3-8B"])
@@ -114,7 +114,7 @@ def test_a_users_preset_lies_over_the_built_in_one(tmp_path):
     assert settings["group_size"].source == "command line"
     assert preset["opd"].keys() == built_in["opd"].keys()
     stages = {stage.name: stage for stage in planned(args)[0]}
-    command = shlex.join(stages["student_grpo"].command)
+    command = stages["student_grpo"].command
     assert "--num_steps 7 " in command
     assert "--dynamic_sampling" in command
     assert stages["cold"].flags["num_steps"] == 47  # as teacher_grpo and student_grpo
@@ -279,7 +279,8 @@ def test_the_workflow_under_two_ranks(tmp_path):
     assert [row["student_steps"] for row in rows] == [0, 0, 4]
 
 
-def test_jobs_run_what_is_ready_and_a_failure_stops_the_others(tmp_path, monkeypatch):
+@pytest.mark.parametrize("forks", [False, True])
+def test_jobs_run_what_is_ready_and_a_failure_stops_the_others(forks, tmp_path, monkeypatch):
     """Two stages at a time, none before what it needs."""
     log = tmp_path / "log"
     body = """
@@ -307,13 +308,13 @@ write("end")
     a, b = stage("a", 0.6), stage("b", 0.1)
     c = stage("c", 0.1, a)
     d = stage("d", 0.1, b)
-    processes.run_stages([a, c, b, d], jobs=2)
+    processes.run_stages([a, c, b, d], 2, forks)
     lines = log.read_text().split("\n")
     assert set(lines[:2]) == {"begin a", "begin b"}
     assert lines.index("begin d") < lines.index("end a") < lines.index("begin c")
     log.unlink()
     with pytest.raises(RunFailure, match="stage bad failed"):
-        processes.run_stages([stage("slow", 30), stage("bad", 0.7)], jobs=2)
+        processes.run_stages([stage("slow", 30), stage("bad", 0.7)], 2, forks)
     assert "stopped slow" in log.read_text()
 
 

@@ -5,7 +5,8 @@ All of it is computed by common.memory before anything is loaded. Sizes are in b
 
 import os
 import shutil
-from dataclasses import dataclass, field, replace
+import sys
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class Machine:
     gpu: float | None  # memory of each GPU
     host: float
     launcher: tuple[str, ...]  # python, or torchrun and its flags
+    forks: bool  # one rank on a CPU can be forked from a warm Python, safely on Linux only
     elsewhere: bool = False  # planned for one that has GPUs: this one's host and disk do not count
 
 
@@ -50,7 +52,9 @@ def find_machine(args) -> Machine:
     alone = gpu is None and args.nnodes == 1
     check(args.jobs == 1 or alone, "--jobs is for the CPU of one machine: a stage fills a GPU")
     ranks = args.nproc_per_node or max(1, count)
-    return Machine(ranks, ranks * args.nnodes, gpu, host, launcher_of(args, ranks), elsewhere)
+    launcher = launcher_of(args, ranks)
+    forks = launcher == ("python",) and count == 0 and sys.platform == "linux"
+    return Machine(ranks, ranks * args.nnodes, gpu, host, launcher, forks, elsewhere)
 
 
 def launcher_of(args, ranks: int) -> tuple[str, ...]:
@@ -65,52 +69,37 @@ def launcher_of(args, ranks: int) -> tuple[str, ...]:
     return (*launcher, "--master_addr", args.master_addr, "--master_port", str(args.master_port))
 
 
+# === what makes a stage fit ===
+
+
 @dataclass(frozen=True)
-class Demand:
+class Load:
     """What a stage, run with these Args of its script, asks of a machine."""
 
-    stage: Stage
     args: object
-    machine: Machine
-
-    def changed(self, **flags) -> "Demand":
-        return replace(self, args=replace(self.args, **flags))
-
-    @property
-    def plan(self) -> memory.Plan:
-        ranks, gpu = self.machine.all_ranks, self.machine.gpu
-        return memory.plan_of(self.args, ranks, gpu, self.stage.base_model)
-
-    @property
-    def engine(self) -> float:
-        """What vLLM needs of each GPU at least."""
-        evaluates = self.stage.kind == "evaluate"
-        sampled = self.args.model if evaluates else memory.models_of(self.args)[2]
-        shape = sampled and memory.shape_of(self.stage.base_model(sampled))
-        uses_vllm = self.machine.gpu and self.args.backend != "torch" and shape
-        return memory.smallest_engine(self.args, shape) if uses_vllm else 0.0
-
-    @property
-    def room(self) -> float:
-        """What vLLM may take of each GPU."""
-        return self.args.vllm_gpu_memory * (self.machine.gpu or 0.0)
-
-    @property
-    def update_fits(self) -> bool:
-        return self.plan.peak("update") <= USABLE * self.machine.gpu
-
-    @property
-    def host(self) -> float:
-        """Memory of this machine, for all ranks."""
-        on_device = 0.0 if self.machine.gpu else self.plan.device
-        return (self.plan.host + on_device) * self.machine.ranks
-
-    @property
-    def model(self) -> str:
-        return self.stage.base_model(self.args.model)
+    plan: memory.Plan | None  # of a trainer
+    engine: float  # what vLLM needs of each GPU at least
+    room: float  # what it may take of each GPU
+    host: float  # memory of this machine, for all ranks
+    fits_gpus: bool
 
 
-# === what makes a stage fit ===
+def load_of(stage: Stage, machine: Machine, args) -> Load:
+    """Raises UserError for a trainer whose models' shapes are not known."""
+    gpu = machine.gpu
+    if stage.kind == "evaluate":
+        plan, sampled, update, host = None, args.model, 0.0, 0.0
+    else:
+        plan = memory.plan_of(args, machine.all_ranks, gpu, stage.base_model)
+        sampled, update = memory.models_of(args)[2], plan.peak("update")
+        host = (plan.host + (0.0 if gpu else plan.device)) * machine.ranks
+    shape = sampled and memory.shape_of(stage.base_model(sampled))
+    uses_vllm = gpu and shape and args.backend != "torch"
+    engine = memory.smallest_engine(args, shape) if uses_vllm else 0.0
+    room = args.vllm_gpu_memory * (gpu or 0.0)
+    fits_gpus = gpu is None or (update <= USABLE * gpu and engine <= room)
+    return Load(args, plan, engine, room, host, fits_gpus)
+
 
 # Flags that change no result, in the order in which they stand in a command.
 CHOSEN = ("vllm_gpu_memory", "micro_batch_tokens", "cpu_offload", "keep_gradients")
@@ -122,143 +111,116 @@ def settings_that_fit(stage: Stage, machine: Machine) -> dict[str, Setting]:
     None changes a result, and what the user has set stays."""
     if machine.gpu is None:
         return {}
-    demand = Demand(stage, stage.args(), machine)
+    args = stage.args()
     fixed = {name for name, setting in stage.settings.items() if setting.is_users}
     change = share_engine if stage.kind == "evaluate" else smallest_change
     try:
-        before, after = vars(demand.args), vars(change(demand, fixed).args)
+        before, after = vars(args), vars(change(stage, machine, args, fixed).args)
     except UserError:  # there is no plan of a model: check_fit says so
         return {}
     changed = [name for name in CHOSEN if name in after and after[name] != before[name]]
     return {name: ours(after[name], "so that it fits") for name in changed}
 
 
-def smallest_change(demand: Demand, fixed: set[str]) -> Demand:
+def smallest_change(stage: Stage, machine: Machine, args, fixed: set[str]) -> Load:
     """A training stage with less on the GPU: micro-batches of one sequence of full length; then
     weights and optimizer in host memory, which is much slower, less so with the gradients on the
     GPU. vLLM gets the rest of the GPU."""
-    args, gpu = demand.args, demand.machine.gpu
-    whole_sequence = args.max_prompt_tokens + args.max_new_tokens
-    micro_batches = (args.micro_batch_tokens, min(args.micro_batch_tokens, whole_sequence))
-    offload = (args.cpu_offload,) if "cpu_offload" in fixed else (False, True)
-    micro_batches = micro_batches[:1] if "micro_batch_tokens" in fixed else micro_batches
-    for cpu_offload, micro_batch_tokens in product(offload, micro_batches):
-        demand = demand.changed(cpu_offload=cpu_offload, micro_batch_tokens=micro_batch_tokens)
+    sequence = args.max_prompt_tokens + args.max_new_tokens
+    sizes = [args.micro_batch_tokens, min(args.micro_batch_tokens, sequence)]
+    sizes = sizes[:1] if "micro_batch_tokens" in fixed else sizes
+    places = [args.cpu_offload] if "cpu_offload" in fixed else [False, True]
+    for cpu_offload, micro_batch_tokens in product(places, sizes):
+        args = replace(args, cpu_offload=cpu_offload, micro_batch_tokens=micro_batch_tokens)
         if "vllm_gpu_memory" not in fixed:
-            kept = demand.plan.peak("always")
-            share = round(max(0.05, min(0.85, USABLE - kept / gpu)), 2)
-            demand = demand.changed(vllm_gpu_memory=share)
-        demand = share_engine(demand, fixed)
-        if demand.update_fits and demand.engine <= demand.room:
+            kept = load_of(stage, machine, args).plan.peak("always")
+            share = round(max(0.05, min(0.85, USABLE - kept / machine.gpu)), 2)
+            args = replace(args, vllm_gpu_memory=share)
+        load = share_engine(stage, machine, args, fixed)
+        if load.fits_gpus:
             break
-    if demand.args.cpu_offload and "keep_gradients" not in fixed:
-        kept = demand.changed(keep_gradients=True)
-        return kept if kept.update_fits else demand
-    return demand
+    if cpu_offload and "keep_gradients" not in fixed:
+        kept = load_of(stage, machine, replace(load.args, keep_gradients=True))
+        return kept if kept.fits_gpus else load
+    return load
 
 
-def share_engine(demand: Demand, fixed: set[str]) -> Demand:
+def share_engine(stage: Stage, machine: Machine, args, fixed: set[str]) -> Load:
     """With the fewest GPUs of a machine that share one vLLM so that its parts fit."""
-    ranks = demand.machine.ranks
-    counts = [count for count in (1, 2, 4, 8, 16) if ranks % count == 0]
-    for count in () if "tensor_parallel" in fixed else counts:
-        demand = demand.changed(tensor_parallel=count)
-        if demand.engine <= demand.room:
+    counts = [n for n in (1, 2, 4, 8, 16) if machine.ranks % n == 0]
+    for count in [args.tensor_parallel] if "tensor_parallel" in fixed else counts:
+        load = load_of(stage, machine, replace(args, tensor_parallel=count))
+        if load.engine <= load.room:
             break
-    return demand
+    return load
 
 
 # === what does not fit ===
-
-
-@dataclass
-class Fit:
-    """What does not fit; a row a training stage; the sentences and tables behind them."""
-
-    problems: list[str] = field(default_factory=list)
-    rows: list[list[str]] = field(default_factory=list)
-    details: list[str] = field(default_factory=list)
-
 
 FIT_HEADER = ["stage", "model", "GPUs", "states", "update, GB", "vLLM needs, GB", "its share"]
 FIT_HEADER += ["tokens at most", "fits"]
 
 
-def check_fit(args, machine: Machine, stages: list[Stage]) -> Fit:
-    """Compare what the unfinished stages need with what there is."""
-    fit, disk = Fit(), 0.0
-    for stage in stages:
-        if stage.manifest.exists():
-            continue
-        demand = Demand(stage, stage.args(), machine)
-        if stage.kind == "evaluate":
-            fit.problems += engine_problem(demand, stage.name)
-            continue
+def check_fit(args, machine: Machine, stages: list[Stage]) -> tuple[list, list, list]:
+    """Compare what the unfinished stages need with what there is: the problems, a row of cells
+    (FIT_HEADER) for each training stage, and the sentences and tables behind them."""
+    problems, rows, details, disk = [], [], [], 0.0
+    for stage in (stage for stage in stages if not stage.manifest.exists()):
+        model = stage.base_model(stage.wiring["model"])
         try:
-            table = demand.plan.table(machine.gpu)
+            load = load_of(stage, machine, stage.args())
         except UserError as error:  # there is no plan of a model
-            fit.details.append(str(error))
+            details.append(str(error))
+            continue
+        problem = problem_of(stage, machine, load, args.jobs)
+        problems += [problem] if problem else []
+        if stage.kind == "evaluate":
             continue
         if not stage.folder.exists():  # two checkpoints and the final model
-            disk += (2 * 12 + 4) * memory.shape_of(demand.model).params
-        problems = training_problem(demand, args.jobs)
-        fit.problems += problems
-        fit.rows.append(cells_of(demand, "NO" if problems else "yes"))
-        if machine.gpu and not problems:
-            fit.details.append(sentence_of(demand))
+            disk += (2 * 12 + 4) * memory.shape_of(model).params
+        place = f"host, {load.host / GB:.0f} GB" if load.args.cpu_offload else "GPU"
+        cells = [stage.name, model, str(machine.all_ranks), place if machine.gpu else "host"]
+        cells += [f"{load.plan.peak('update') / GB:.0f}", f"{load.engine / GB:.0f}"]
+        cells += [f"{load.args.vllm_gpu_memory:.0%}", f"{most_tokens(stage)[1]:,}"]
+        rows.append([*cells, "NO" if problem else "yes"])
+        if machine.gpu and not problem:
+            details.append(sentence_of(stage, machine, load))
         if args.dry_run:
-            of_model = f"{stage.kind} of {demand.model}, GB for each of {machine.all_ranks} ranks"
-            fit.details.append(f"\n# memory of {of_model}: computed\n{table}")
+            of_model = f"{stage.kind} of {model}, GB for each of {machine.all_ranks} ranks"
+            details.append(f"\n# memory of {of_model}: computed\n{load.plan.table(machine.gpu)}")
     folder = next(f for f in (Path(args.output_dir) / "x").absolute().parents if f.exists())
     free = shutil.disk_usage(folder).free
     if disk > free and not machine.elsewhere:
         needed = f"checkpoints and final models need {disk / GB:.0f} GB of disk"
-        fit.problems.append(f"{needed}, and {folder} has {free / GB:.0f} GB")
-    fit.problems = list(dict.fromkeys(fit.problems))
-    return fit
+        problems.append(f"{needed}, and {folder} has {free / GB:.0f} GB")
+    return list(dict.fromkeys(problems)), rows, list(dict.fromkeys(details))
 
 
-def training_problem(demand: Demand, jobs: int) -> list[str]:
-    """The first thing that a training stage needs and the machine does not have, if any."""
-    machine, name = demand.machine, f"{demand.stage.kind} of {demand.model}"
-    if machine.gpu and not demand.update_fits:
-        return [
-            f"{name} needs {demand.plan.peak('update') / GB:.0f} GB on each of {machine.all_ranks} "
-            f"GPUs (weights in host memory), and they have {machine.gpu / GB:.0f} GB"
-        ]
-    too_large = engine_problem(demand, name)
-    if too_large or demand.host * jobs <= machine.host:
-        return too_large
-    there = f"{machine.host / GB:.0f} GB"
-    return [f"{name} needs {demand.host * jobs / GB:.0f} GB of host memory, and there are {there}"]
+def problem_of(stage: Stage, machine: Machine, load: Load, jobs: int) -> str | None:
+    """The first thing that a stage needs and the machine does not have."""
+    model = stage.base_model(load.args.model)
+    needs = f"{stage.name if load.plan is None else f'{stage.kind} of {model}'} needs"
+    update = load.plan.peak("update") if load.plan else 0.0
+    if machine.gpu and update > USABLE * machine.gpu:
+        size = f"{update / GB:.0f} GB on each of {machine.all_ranks} GPUs (weights in host memory)"
+        return f"{needs} {size}, and they have {machine.gpu / GB:.0f} GB"
+    if load.engine > load.room:
+        size = f"{load.engine / GB:.0f} GB of each GPU for vLLM ({memory.SEQUENCES} sequences)"
+        return f"{needs} {size}, and {load.room / GB:.0f} GB are left"
+    if load.host * jobs > machine.host:
+        size = f"{load.host * jobs / GB:.0f} GB of host memory"
+        return f"{needs} {size}, and there are {machine.host / GB:.0f} GB"
+    return None
 
 
-def engine_problem(demand: Demand, name: str) -> list[str]:
-    if demand.engine <= demand.room:
-        return []
-    needs = f"{demand.engine / GB:.0f} GB of each GPU for vLLM ({memory.SEQUENCES} sequences)"
-    return [f"{name} needs {needs}, and {demand.room / GB:.0f} GB are left"]
-
-
-def cells_of(demand: Demand, fits: str) -> list[str]:
-    """A stage's row of the table that --dry_run begins with (FIT_HEADER)."""
-    machine, states = demand.machine, "GPU"
-    if machine.gpu is None or demand.args.cpu_offload:
-        states = f"host, {demand.host / GB:.0f} GB" if machine.gpu else "host"
-    cells = [demand.stage.name, demand.model, str(machine.all_ranks), states]
-    cells += [f"{demand.plan.peak('update') / GB:.0f}", f"{demand.engine / GB:.0f}"]
-    cells += [f"{demand.args.vllm_gpu_memory:.0%}", f"{most_tokens(demand.stage)[1]:,}"]
-    return [*cells, fits]
-
-
-def sentence_of(demand: Demand) -> str:
+def sentence_of(stage: Stage, machine: Machine, load: Load) -> str:
     """Where a stage's memory goes."""
-    args, machine, place = demand.args, demand.machine, "the GPU"
+    args, place = load.args, "the GPU"
     if args.cpu_offload:
-        place = f"host memory, since the GPU is too small ({demand.host / GB:.0f} GB)"
+        place = f"host memory, since the GPU is too small ({load.host / GB:.0f} GB)"
     return (
-        f"{demand.stage.kind} on {machine.all_ranks} GPU(s) of {machine.gpu / GB:.0f} GB: weights, "
+        f"{stage.kind} on {machine.all_ranks} GPU(s) of {machine.gpu / GB:.0f} GB: weights, "
         f"gradients and optimizer in {place}; micro-batches of {args.micro_batch_tokens:,} tokens; "
-        f"{demand.plan.peak('update') / GB:.0f} GB in the update; vLLM takes "
+        f"{load.plan.peak('update') / GB:.0f} GB in the update; vLLM takes "
         f"{args.vllm_gpu_memory:.0%} of {args.tensor_parallel} GPU(s) while it samples (computed)"
     )

@@ -12,37 +12,24 @@ class Claim(NamedTuple):
     by: str = "paper"  # who says so
 
 
-FULL, HALF = "full/full_opd", "half/student_grpo"
+COLD, FULL, HALF = "cold/cold", "full/full_opd", "half/student_grpo"
+RAW, SAME_SIZE = "raw_teacher/raw_teacher_opd", "same_size/same_size_opd"
+SFT, SFT_THEN_GRPO = "sft_transfer/sft_transfer", "sft_transfer/sft_transfer_grpo"
+OPD, OPD_THEN_GRPO = "opd_only/opd_only", "opd_only/opd_only_grpo"
+EQUAL_TOKENS = "cold_matched_tokens/cold_matched_tokens"
+EQUAL_FLOPS = "cold_matched_flops/cold_matched_flops"
+CONTROL = "control of ours"
 CLAIMS = (
-    Claim("raw-teacher bridge < cold GRPO", "raw_teacher/raw_teacher_opd", "cold/cold"),
-    Claim("cold GRPO < RL-teacher bridge", "cold/cold", FULL),
-    Claim("SFT < OPD only, on 1H", "sft_transfer/sft_transfer", "opd_only/opd_only"),
-    Claim("OPD only < FKL, OPD, on 1H", "opd_only/opd_only", "half/opd"),
-    Claim(
-        "SFT < OPD only, then GRPO on 2H",
-        "sft_transfer/sft_transfer_grpo",
-        "opd_only/opd_only_grpo",
-    ),
-    Claim("OPD only < FKL, OPD, then GRPO on 2H", "opd_only/opd_only_grpo", HALF),
+    Claim("raw-teacher bridge < cold GRPO", RAW, COLD),
+    Claim("cold GRPO < RL-teacher bridge", COLD, FULL),
+    Claim("SFT < OPD only, on 1H", SFT, OPD),
+    Claim("OPD only < FKL, OPD, on 1H", OPD, "half/opd"),
+    Claim("SFT < OPD only, then GRPO on 2H", SFT_THEN_GRPO, OPD_THEN_GRPO),
+    Claim("OPD only < FKL, OPD, then GRPO on 2H", OPD_THEN_GRPO, HALF),
     Claim("replay of 1H < new labels 2H", "replay/replay_grpo", HALF),
-    Claim(
-        "cold GRPO < bridge from it (same size)",
-        "cold/cold",
-        "same_size/same_size_opd",
-        "paper, as no worse",
-    ),
-    Claim(
-        "cold GRPO at equal tokens < RL-teacher bridge",
-        "cold_matched_tokens/cold_matched_tokens",
-        FULL,
-        "control of ours",
-    ),
-    Claim(
-        "cold GRPO at equal FLOPs < RL-teacher bridge",
-        "cold_matched_flops/cold_matched_flops",
-        FULL,
-        "control of ours",
-    ),
+    Claim("cold GRPO < bridge from it (same size)", COLD, SAME_SIZE, "paper, as no worse"),
+    Claim("cold GRPO at equal tokens < RL-teacher bridge", EQUAL_TOKENS, FULL, CONTROL),
+    Claim("cold GRPO at equal FLOPs < RL-teacher bridge", EQUAL_FLOPS, FULL, CONTROL),
 )
 
 # Student Qwen3-1.7B: row -> avg@16 on BENCHMARKS, with each of TEACHERS.
@@ -50,17 +37,17 @@ BENCHMARKS = ("math500", "aime24", "aime25")
 TEACHERS = ("Qwen3-8B", "Qwen3-14B")
 RESULTS = {
     "models/full_teacher_grpo": ((88.4, 47.7, 36.7), (89.5, 47.1, 39.0)),
-    "cold/cold": ((75.9, 19.8, 17.1), (75.9, 19.8, 17.1)),
+    COLD: ((75.9, 19.8, 17.1), (75.9, 19.8, 17.1)),
     FULL: ((79.3, 25.2, 20.2), (78.6, 24.6, 20.8)),
     "half/opd": ((75.4, 22.0, 16.7), (76.3, 22.7, 17.3)),
     HALF: ((78.5, 23.7, 18.5), (78.7, 23.1, 19.2)),
     "replay/replay_grpo": ((75.7, 21.6, 17.0), (75.6, 22.4, 17.6)),
-    "sft_transfer/sft_transfer_grpo": ((77.3,), (77.2,)),
-    "opd_only/opd_only_grpo": ((77.8,), (77.5,)),
+    SFT_THEN_GRPO: ((77.3,), (77.2,)),
+    OPD_THEN_GRPO: ((77.8,), (77.5,)),
     "sft_teacher/sft_teacher_opd": ((74.3, 21.8, 14.5), (75.8, 22.0, 15.1)),
     "sft_teacher/sft_teacher_grpo": ((77.2, 22.9, 18.4), (76.9, 23.2, 18.6)),
-    "raw_teacher/raw_teacher_opd": ((71.5, 15.0, 10.6), (72.8, 16.7, 13.5)),
-    "same_size/same_size_opd": ((76.5, 20.6, 17.1), (76.5, 20.6, 17.1)),
+    RAW: ((71.5, 15.0, 10.6), (72.8, 16.7, 13.5)),
+    SAME_SIZE: ((76.5, 20.6, 17.1), (76.5, 20.6, 17.1)),
 }
 
 
@@ -69,8 +56,5 @@ def results_of(teacher: str, student: str) -> dict[str, dict[str, float]]:
     name = teacher.rpartition("/")[2]
     if student.rpartition("/")[2] != "Qwen3-1.7B" or name not in TEACHERS:
         return {}
-    number = TEACHERS.index(name)
-    return {
-        row: dict(zip(BENCHMARKS, by_teacher[number], strict=False))
-        for row, by_teacher in RESULTS.items()
-    }
+    results = {row: by_teacher[TEACHERS.index(name)] for row, by_teacher in RESULTS.items()}
+    return {row: dict(zip(BENCHMARKS, values, strict=False)) for row, values in results.items()}

@@ -12,6 +12,7 @@ import importlib
 import io
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import tyro
@@ -37,25 +38,17 @@ class Setting:
     or a user's file."""
 
     value: object
-    source: str
     note: str = ""
+    source: str = "ours"
 
     @property
     def is_users(self) -> bool:
         return self.source not in ("paper", "authors' scripts", "ours")
 
 
-def paper(value: object, note: str = "") -> Setting:
-    return Setting(value, "paper", note)
-
-
-def scripts(value: object, note: str = "") -> Setting:
-    return Setting(value, "authors' scripts", note)
-
-
-def ours(value: object, note: str = "") -> Setting:
-    return Setting(value, "ours", note)
-
+ours = Setting
+paper = partial(Setting, source="paper")
+scripts = partial(Setting, source="authors' scripts")
 
 Preset = dict[str, dict[str, Setting]]  # kind of stage -> flag -> setting
 
@@ -69,12 +62,9 @@ TOY_GRPO = TOY_SHARED | {
     "kl_coef": ours(0.0, "no reference model: groups whose rewards agree cost no update"),
 }
 TOY_TRANSFER = TOY_SHARED | {"warmup_steps": ours(5)}
+TOY_UPDATES = ours(40, "as many as warmup and OPD, so that cold GRPO gets as many updates")
 TOY: Preset = {
-    "teacher_grpo": TOY_GRPO
-    | {
-        "num_steps": ours(40, "as many as warmup and OPD, so that cold GRPO gets as many updates"),
-        "learning_rate": ours(2e-4),
-    },
+    "teacher_grpo": TOY_GRPO | {"num_steps": TOY_UPDATES, "learning_rate": ours(2e-4)},
     "teacher_sft": TOY_TRANSFER
     | {"num_steps": ours(40, "the label uses of teacher_grpo"), "learning_rate": ours(2e-4)},
     "fkl_warmup": TOY_TRANSFER | {"num_steps": ours(15), "learning_rate": ours(7e-4)},
@@ -155,17 +145,16 @@ def fill_in(args) -> None:
 
 
 def preset_of(args) -> Preset:
-    """The built-in preset, under the user's file, under the command line."""
-    preset = TOY if args.teacher.startswith("toy/") else REAL
+    """The built-in preset, under the user's file, under the flags of bridge.py."""
+    built_in = TOY if args.teacher.startswith("toy/") else REAL
     from_file = read_preset(args.preset) if args.preset else {}
     chosen = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
-    overrides = {name: Setting(value, "command line") for name, value in chosen.items()}
-    return {
-        kind: settings
-        | from_file.get(kind, {})
-        | {name: setting for name, setting in overrides.items() if name in flags_of(kind)}
-        for kind, settings in preset.items()
-    }
+    preset: Preset = {}
+    for kind, settings in built_in.items():
+        known = script_args(kind).__dataclass_fields__
+        flags = {n: Setting(v, source="command line") for n, v in chosen.items() if n in known}
+        preset[kind] = settings | from_file.get(kind, {}) | flags
+    return preset
 
 
 def read_preset(path: str) -> Preset:
@@ -176,39 +165,30 @@ def read_preset(path: str) -> Preset:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         form = "a JSON object: kind of stage -> flag -> value"
         raise UserError(f"--preset {path} is not {form} ({one_line(error)})") from error
+    preset: Preset = {}
     for kind, flags in kinds.items():
         known = ", ".join(KINDS)
         check(kind in KINDS, f"{path}: there is no kind of stage {kind}; there are {known}")
-        for flag in flags:
-            known = ", ".join(flags_of(kind))
-            check(flag in flags_of(kind), f"{path}: {kind} has no flag {flag}; it has {known}")
-    return {
-        kind: {f: Setting(parsed(kind, f, value), Path(path).name) for f, value in flags.items()}
-        for kind, flags in kinds.items()
-    }
+        script = script_args(kind)
+        known = script.__dataclass_fields__
+        preset[kind] = {}
+        for flag, value in flags.items():
+            check(flag in known, f"{path}: {kind} has no flag {flag}; it has {', '.join(known)}")
+            try:
+                with contextlib.redirect_stderr(io.StringIO()):
+                    parsed = tyro.cli(script, args=as_words(flag, value), use_underscores=True)
+            except SystemExit:
+                raise UserError(f"--{flag} of {kind} cannot be {json.dumps(value)}") from None
+            preset[kind][flag] = Setting(getattr(parsed, flag), source=Path(path).name)
+    return preset
 
 
-def flags_of(kind: str) -> dict[str, object]:
-    """The flags of a kind's script, with what dataclasses knows of each."""
-    return script_args(KINDS[kind][0]).__dataclass_fields__
+def script_args(kind: str) -> type:
+    """The Args of the script of a kind of stage."""
+    return importlib.import_module(KINDS[kind][0].removesuffix(".py")).Args
 
 
-def script_args(script: str) -> type:
-    """The Args of grpo.py, evaluate.py, ..."""
-    return importlib.import_module(script.removesuffix(".py")).Args
-
-
-def parsed(kind: str, flag: str, value: object) -> object:
-    """A flag's value, as its script would read it from the command line."""
-    script = script_args(KINDS[kind][0])
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            return getattr(tyro.cli(script, args=words(flag, value), use_underscores=True), flag)
-    except SystemExit:
-        raise UserError(f"--{flag} of {kind} cannot be {json.dumps(value)}") from None
-
-
-def words(flag: str, value: object) -> list[str]:
+def as_words(flag: str, value: object) -> list[str]:
     """A flag on the command line."""
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no_{flag}"]

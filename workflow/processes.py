@@ -3,7 +3,6 @@
 import os
 import re
 import selectors
-import shlex
 import signal
 import subprocess
 import sys
@@ -11,29 +10,30 @@ import sys
 from common.errors import RunFailure, UserError
 from common.fingerprint import ROOT
 from common.start import Stopped
+from workflow.fork_server import ForkServer
 from workflow.stages import Stage
 
 
 class Child:
     """One running stage; what it prints goes to NAME.log beside its folder."""
 
-    def __init__(self, stage: Stage, jobs: int):
+    def __init__(self, stage: Stage, environment: dict[str, str], server: ForkServer | None):
         self.stage = stage
         self.log = stage.folder.with_name(stage.name + ".log")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log_file = open(self.log, "ab")  # noqa: SIM115
         self.log_start = self.log_file.tell()
-        threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
+        script = [str(ROOT / stage.script), *stage.words]
+        if server is not None:
+            self.process = server.start(script)
+            return
         launcher = [sys.executable]
         if stage.launcher[0] == "torchrun":
             launcher += ["-m", "torch.distributed.run", *stage.launcher[1:]]
         # In a session of its own, so that Ctrl-C reaches it once: through us.
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         self.process = subprocess.Popen(
-            [*launcher, str(ROOT / stage.script), *stage.arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=threads | os.environ,
+            [*launcher, *script], **pipes, start_new_session=True, env=environment
         )
 
     def pass_on(self, echo: bool) -> bool:
@@ -58,15 +58,18 @@ class Child:
         bad_input = code == 2 or re.search(r"^ *exitcode *: 2 ", text, re.MULTILINE)
         raise (UserError if bad_input else RunFailure)(
             f"stage {self.stage.name} failed with exit code {code} ({reason}); log: {self.log}; "
-            f"to retry: {shlex.join(self.stage.command)}"
+            f"to retry: {self.stage.command}"
         )
 
 
-def run_stages(stages: list[Stage], jobs: int) -> None:
-    """Run each stage once what it needs is finished, `jobs` at a time. If one fails, or a signal
-    comes, the others are stopped: they save what they have done."""
+def run_stages(stages: list[Stage], jobs: int, forks: bool = False) -> None:
+    """Run each stage once what it needs is finished, `jobs` at a time; `forks`: from one warm
+    Python. If one fails, or a signal comes, the others are stopped: they save what they have
+    done."""
+    threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
+    environment = threads | os.environ
     waiting, done = list(stages), set()
-    with selectors.DefaultSelector() as running:
+    with selectors.DefaultSelector() as running, ForkServer(environment) as server:
         try:
             while waiting or running.get_map():
                 for stage in list(waiting):
@@ -74,13 +77,12 @@ def run_stages(stages: list[Stage], jobs: int) -> None:
                     if not ready or len(running.get_map()) == jobs:
                         continue
                     waiting.remove(stage)
-                    command = shlex.join(stage.command)
                     if stage.is_finished():
-                        print(f"\n# {stage.name}: finished before\n{command}")
+                        print(f"\n# {stage.name}: finished before\n{stage.command}")
                         done.add(stage.folder)
                         continue
-                    print(f"\n# {stage.name}\n{command}", flush=True)
-                    child = Child(stage, jobs)
+                    print(f"\n# {stage.name}\n{stage.command}", flush=True)
+                    child = Child(stage, environment, server if forks else None)
                     running.register(child.process.stdout, selectors.EVENT_READ, child)
                 for key, _ in running.select() if running.get_map() else ():
                     if not key.data.pass_on(echo=jobs == 1):
@@ -93,5 +95,6 @@ def run_stages(stages: list[Stage], jobs: int) -> None:
             for child in children:
                 child.process.send_signal(number)
             for child in children:
-                child.log_file.write(child.process.communicate()[0])
+                child.log_file.write(child.process.stdout.read())
+                child.process.wait()
             raise

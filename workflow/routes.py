@@ -35,8 +35,8 @@ class Recipe:
 
 
 def fkl_then_opd(prefix: str, teacher: Recipe | str, split: str, route: str) -> Recipe:
-    shown = route if route == "half" else None  # the warmups of the others are not evaluated
-    warmup = Recipe(f"{prefix}fkl_warmup", "fkl_warmup", split, STUDENT, teacher, shown)
+    evaluated = "half" if route == "half" else None  # the warmups of other routes are not
+    warmup = Recipe(f"{prefix}fkl_warmup", "fkl_warmup", split, STUDENT, teacher, evaluated)
     return Recipe(f"{prefix}opd", "opd", split, warmup, teacher, route)
 
 
@@ -138,7 +138,7 @@ class Evaluation:
 
 
 @dataclass
-class Plan:
+class Workflow:
     """The stages, in an order in which they can run, and the rows of the report."""
 
     args: object  # bridge.Args
@@ -165,19 +165,18 @@ class Plan:
         self.stages[folder] = stage
         return stage
 
-    def model(self, source: Recipe | str, seed: int) -> Stage | str:
-        bases = {TEACHER: self.args.teacher, STUDENT: self.args.student}
-        return self.train(source, seed) if isinstance(source, Recipe) else bases[source]
-
     def train(self, recipe: Recipe, seed: int) -> Stage:
         """The stage of a recipe, after all that it needs; once, however often it is asked for."""
         args = self.args
         folder = Path(args.output_dir) / f"seed_{seed}" / recipe.name
         if folder in self.stages:
             return self.stages[folder]
-        models = {"model": self.model(recipe.model, seed)}
-        if recipe.teacher:
-            models["teacher"] = self.model(recipe.teacher, seed)
+        bases = {TEACHER: args.teacher, STUDENT: args.student}
+        sources = {"model": recipe.model} | ({"teacher": recipe.teacher} if recipe.teacher else {})
+        models = {
+            flag: self.train(source, seed) if isinstance(source, Recipe) else bases[source]
+            for flag, source in sources.items()
+        }
         held_out = (*args.benchmarks, *default_decontamination(args.dataset))
         wiring = {"dataset": args.dataset, "split": recipe.split}
         wiring |= {"decontaminate": tuple(dict.fromkeys(held_out))}
@@ -201,7 +200,7 @@ class Plan:
 
 def plan(args, preset: Preset, machine: Machine) -> tuple[list[Stage], list[Evaluation]]:
     """The stages of all routes and seeds, and the rows of the report."""
-    planned = Plan(args, preset, machine)
+    planned = Workflow(args, preset, machine)
     for title, model in ((STUDENT, args.student), (TEACHER, args.teacher)):
         planned.evaluate("models", title.replace(" ", "_"), title, None, model)
     for seed in args.seeds:

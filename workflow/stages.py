@@ -11,7 +11,7 @@ from common.errors import check
 from common.fingerprint import inputs_of
 from common.folder import MAY_CHANGE
 from common.model import load_tokenizer
-from workflow.presets import Preset, Setting, script_args, words
+from workflow.presets import Preset, Setting, as_words, script_args
 
 
 @dataclass
@@ -55,15 +55,16 @@ class Stage:
 
     def args(self):
         """Its script's Args, with these flags."""
-        return script_args(self.script)(**self.flags)
+        return script_args(self.kind)(**self.flags)
 
     @property
-    def command(self) -> list[str]:
-        return [*self.launcher, self.script, *self.arguments]
+    def words(self) -> list[str]:
+        """Its flags, as they stand on the command line."""
+        return [word for name, value in self.flags.items() for word in as_words(name, value)]
 
     @property
-    def arguments(self) -> list[str]:
-        return [word for name, value in self.flags.items() for word in words(name, value)]
+    def command(self) -> str:
+        return shlex.join([*self.launcher, self.script, *self.words])
 
     @property
     def manifest(self) -> Path:
@@ -125,19 +126,19 @@ def _template_of(model: str, teacher: str | None, chat_template: str | None, thi
 def print_plan(stages: list[Stage], preset: Preset) -> None:
     """Each command, then each setting with its source, then the budget."""
     for stage in stages:
-        print(f"\n# {stage.name}\n{shlex.join(stage.command)}")
+        print(f"\n# {stage.name}\n{stage.command}")
     print("\n# settings and who chose them; what is not listed is the script's default")
-    kinds = dict.fromkeys(stage.kind for stage in stages)
-    listed = [(kind, setting) for kind in kinds for setting in preset[kind].items()]
-    listed += [
-        (stage.name, setting)
-        for stage in stages
-        for setting in stage.settings.items()
-        if setting not in preset[stage.kind].items()
+    listed = [(stage.kind, preset[stage.kind]) for stage in stages]
+    for stage in stages:
+        of_kind = preset[stage.kind].items()
+        listed.append((stage.name, dict(s for s in stage.settings.items() if s not in of_kind)))
+    lines = [
+        f"{where:22} {name:18} {setting.value!s:10} {setting.source}"
+        + (f": {setting.note}" if setting.note else "")
+        for where, settings in listed
+        for name, setting in settings.items()
     ]
-    for where, (name, setting) in listed:
-        source = f"{setting.source}: {setting.note}" if setting.note else setting.source
-        print(f"{where:22} {name:18} {setting.value!s:10} {source}")
+    print("\n".join(dict.fromkeys(lines)))  # a kind's settings once
     print_budget(stages)
 
 
