@@ -33,8 +33,8 @@ from tqdm import tqdm
 from common import data
 from common.errors import check
 from common.files import write_atomic, write_json, write_jsonl, writing
-from common.fingerprint import inputs_of, model_path
 from common.folder import claim_folder, lock_folder
+from common.input_hashes import inputs_of, model_path
 from common.model import check_lengths, load_model, load_tokenizer
 from common.ranks import gather, join_ranks, on_first_rank, rank
 from common.rollout import Rollout, rollout_metrics

@@ -35,7 +35,7 @@ import torch
 
 from common import data
 from common.errors import check
-from common.head import chunked_backward, frozen_hidden_states, head_logprobs
+from common.lm_head import chunked_backward, frozen_hidden_states, head_logprobs
 from common.logprob import token_logprobs
 from common.model import check_lengths, load_for_training, load_tokenizer
 from common.ranks import gather, join_ranks, max_over_ranks, sum_dicts_over_ranks, sum_over_ranks

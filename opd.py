@@ -37,7 +37,7 @@ import torch
 
 from common import data
 from common.errors import check
-from common.head import chunked_backward, frozen_hidden_states, head_weight
+from common.lm_head import chunked_backward, frozen_hidden_states, head_weight
 from common.logprob import kl_divergence, transfer_metrics
 from common.model import check_lengths, load_for_training, load_tokenizer, share_end_ids
 from common.ranks import gather, join_ranks, max_over_ranks, sum_dicts_over_ranks, sum_over_ranks

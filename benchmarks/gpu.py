@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from common.fingerprint import ROOT
 from common.folder import machine
+from common.input_hashes import ROOT
 from common.memory import config_of
 from common.model import load_tokenizer
 from common.start import start

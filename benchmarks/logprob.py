@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from common import logprob
-from common.head import _add_product, head_backward
+from common.lm_head import _add_product, head_backward
 from common.ranks import resolve_device
 from common.sharding import DTYPES
 from common.start import start

@@ -86,9 +86,10 @@ def main(args: Args) -> None:
     sizes = {"group_size": args.group_size, "max_new_tokens": args.max_new_tokens}
     for number in range(args.rounds + 1):
         for name, engine in engines.items():
+            seeds = [(number, p) for p in range(len(prompts))]
             began = time.perf_counter()
             rollouts = engine.generate(
-                [prompt.ids for prompt in prompts], temperature=1.0, seed=(number,), **sizes
+                [prompt.ids for prompt in prompts], temperature=1.0, seeds=seeds, **sizes
             )
             seconds = time.perf_counter() - began
             tokens = sum(len(rollout.completion_ids) for rollout in rollouts)

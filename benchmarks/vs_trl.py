@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 
 from common import data, sampler
-from common.fingerprint import ROOT, model_path
+from common.input_hashes import ROOT, model_path
 from common.model import load_tokenizer
 from common.start import start
 from common.verifier import Verdict, Verifier

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError, check, one_line
-from common.fingerprint import ROOT
+from common.input_hashes import ROOT
 from common.ranks import rank
 from common.verifier import Verifier, extract_answer
 

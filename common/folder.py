@@ -23,7 +23,7 @@ import torch
 
 from common.errors import UserError, check
 from common.files import write_json
-from common.fingerprint import ROOT
+from common.input_hashes import ROOT
 
 # These say how a run is watched and where it fits, not what it computes: they may differ when it is
 # resumed.

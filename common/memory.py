@@ -22,7 +22,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 from common.errors import check
-from common.fingerprint import model_path
+from common.input_hashes import model_path
 from common.vllm_engine import MAX_NUM_SEQS, batched_tokens
 
 GB = 1e9

@@ -19,8 +19,8 @@ from transformers.utils import logging
 
 from common.data import prompt_text
 from common.errors import UserError, check, one_line
-from common.fingerprint import model_path
-from common.head import head_weight, hidden_states
+from common.input_hashes import model_path
+from common.lm_head import head_weight, hidden_states
 from common.sharding import DTYPES, device_of, make_buffers, read_shards, shard
 
 logging.set_verbosity_error()

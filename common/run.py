@@ -16,8 +16,8 @@ from common import checkpoint, flops
 from common.data import fingerprint
 from common.errors import RunFailure, check, one_line
 from common.files import write_json, write_jsonl, writing
-from common.fingerprint import ROOT, inputs_of
 from common.folder import claim_folder, lock_folder
+from common.input_hashes import ROOT, inputs_of
 from common.memory import print_plan
 from common.ranks import gather, max_over_ranks, num_ranks, on_first_rank, rank, sum_over_ranks
 from common.rollout import Rollout, rollout_metrics

@@ -117,7 +117,8 @@ def sample_and_verify(
     seed: Sequence[int],
 ) -> list[Rollout]:
     """P·G graded rollouts, at `args`' length and temperature (and top_p and top_k, if it has). Of
-    several ranks each samples its share of the prompts, with the seeds that one rank would use.
+    several ranks each samples its share of the prompts, with the seeds that one rank would use: the
+    seed of the run, its step and refill, and the prompt's number; the engine adds the sample's.
     (Ranks that share an engine ask it the same, and then keep their shares.)"""
     shared = engine.num_ranks
     first, prompts = share_of(prompts, rank() // shared, num_ranks() // shared)
@@ -126,10 +127,9 @@ def sample_and_verify(
         group_size,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
-        seed=seed,
+        seeds=[(*seed, first + p) for p in range(len(prompts))],
         top_p=getattr(args, "top_p", 1.0),
         top_k=getattr(args, "top_k", 0),
-        first=first,
     )
     begin, prompts = share_of(prompts, rank() % shared, shared)
     rollouts = rollouts[begin * group_size : (begin + len(prompts)) * group_size]

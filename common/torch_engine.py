@@ -111,13 +111,12 @@ class TorchEngine:
         *,
         max_new_tokens: int,
         temperature: float,
-        seed: Sequence[int],
+        seeds: Sequence[tuple[int, ...]],
         top_p: float = 1.0,
         top_k: int = 0,
-        first: int = 0,
     ) -> list[Rollout]:
         """P prompts -> N = P·G rollouts, grouped. Temperature 0 is greedy, with log-probs at 1.
-        `first`: the seeds are those of prompts first, first + 1, ... of a step."""
+        seeds: one for each prompt; its samples are numbered."""
         rollouts, device = [], device_of(self.model)
         rows = self.batch_size
         if device.type == "cuda":
@@ -129,7 +128,7 @@ class TorchEngine:
             for start in range(0, len(prompts), per_batch):
                 batch = prompts[start : start + per_batch]
                 uniforms = [
-                    np.random.default_rng([*seed, first + start + p, g]).random(
+                    np.random.default_rng([*seeds[start + p], g]).random(
                         max_new_tokens, dtype=np.float32
                     )
                     for p in range(len(batch))

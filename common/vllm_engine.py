@@ -1,5 +1,5 @@
 """Sampling with vLLM, in the trainer's process, from a copy of the weights that is proven after
-each sync (weight_sync.py).
+each sync (sync_proof.py).
 """
 
 import os
@@ -20,7 +20,7 @@ from common.model import end_ids
 from common.ranks import gather, num_ranks
 from common.rollout import Rollout
 from common.sharding import DTYPES, device_of, full_weights
-from common.weight_sync import (
+from common.sync_proof import (
     WeightSyncError,
     check_canary,
     check_fresh,
@@ -132,12 +132,11 @@ class VLLMEngine:
         *,
         max_new_tokens: int,
         temperature: float,
-        seed: Sequence[int],
+        seeds: Sequence[tuple[int, ...]],
         top_p: float = 1.0,
         top_k: int = 0,
-        first: int = 0,
     ) -> list[Rollout]:
-        """As TorchEngine's: P prompts -> N = P·G rollouts, grouped. Seeded by `seed` and prompt."""
+        """As TorchEngine's: P prompts -> N = P·G rollouts, grouped; a seed for each prompt."""
         if self.asleep:  # its weights are gone until the next sync
             if self.trained:
                 raise WeightSyncError("vLLM was asked for rollouts after it slept, before a sync")
@@ -152,9 +151,9 @@ class VLLMEngine:
                     "top_p": top_p,
                     "top_k": top_k,
                     "max_tokens": max_new_tokens,
-                    "seed": int(np.random.SeedSequence([*seed, first + p]).generate_state(1)[0]),
+                    "seed": int(np.random.SeedSequence(seed).generate_state(1)[0]),
                 }
-                for p in range(len(prompts))
+                for seed in seeds
             ],
         )
         rollouts = []

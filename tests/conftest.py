@@ -7,14 +7,20 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from common.data import Problem, Prompt
-from common.fingerprint import ROOT
+from common.input_hashes import ROOT
 from common.model import load_tokenizer
 from common.rollout import Rollout
 from common.torch_engine import TorchEngine
 from common.verifier import Verdict
 
 SEED = 20260512
-SAMPLED = {"max_new_tokens": 12, "temperature": 1.0, "seed": (SEED,)}
+SAMPLED = {"max_new_tokens": 12, "temperature": 1.0}
+
+
+def generate(engine, prompts: list[list[int]], group_size: int, seed=(SEED,), **settings):
+    """engine.generate, with the seeds that common.sampler gives."""
+    seeds = [(*seed, number) for number in range(len(prompts))]
+    return engine.generate(prompts, group_size, seeds=seeds, **settings)
 
 
 def pytest_report_header() -> str:
@@ -65,7 +71,7 @@ def prompts_of_many_lengths(tokenizer, count: int = 5) -> list[list[int]]:
 def rollouts(model, tokenizer) -> list[Rollout]:
     """5 x 4 rollouts of unequal lengths with made-up verdicts, some groups of which agree."""
     engine = TorchEngine(model, tokenizer)
-    sampled = engine.generate(prompts_of_many_lengths(tokenizer), 4, **SAMPLED)
+    sampled = generate(engine, prompts_of_many_lengths(tokenizer), 4, **SAMPLED)
     for n, rollout in enumerate(sampled):
         right = n % 4 < n // 4 < 4  # 0, 1, 2, 3 and 0 right in the five groups
         rollout.verdict = Verdict("correct" if right else "wrong")

@@ -10,7 +10,7 @@ import threading
 
 import torch
 
-from common import checkpoint, files, head, torch_engine
+from common import checkpoint, files, lm_head, torch_engine
 from common.errors import RunFailure
 from workflow.fork_server import serve
 
@@ -51,7 +51,7 @@ def plant(job: dict) -> None:
     elif site == "generate":
         at_call(torch_engine.TorchEngine, "_forward", number, die)
     elif site == "update":
-        at_call(head, "head_backward", number, die)
+        at_call(lm_head, "head_backward", number, die)
     elif site == "disk":  # in the middle of a checkpoint, or of any other write
         at_call(files, "sync_to_disk", number, die)
     elif site == "between files":
@@ -59,7 +59,7 @@ def plant(job: dict) -> None:
     elif site == "engine":
         at_call(torch_engine.TorchEngine, "generate", number, no_engine)
     elif site == "nan":
-        at_call(head, "hidden_states", number, poison)
+        at_call(lm_head, "hidden_states", number, poison)
     elif site == "file size":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import prompt_of, torchrun
+from conftest import generate, prompt_of, torchrun
 
 import grpo
 from common import vllm_engine as module
@@ -15,8 +15,8 @@ from common.errors import RunFailure, UserError
 from common.sampler import make_engine
 from common.sharding import full_weights
 from common.start import start
+from common.sync_proof import WeightSyncError, same_bits, stale_parameters
 from common.vllm_engine import resolve_backend
-from common.weight_sync import WeightSyncError, same_bits, stale_parameters
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -139,16 +139,16 @@ def made(model, tokenizer, installed, monkeypatch):
     return make
 
 
-SAMPLE = {"max_new_tokens": 2, "temperature": 1.0, "seed": (0,)}
+SAMPLE = {"max_new_tokens": 2, "temperature": 1.0}
 
 
 def test_a_trained_engine_wakes_for_new_weights_only(made):
     engine = made()
-    engine.generate([[5, 6]], 1, **SAMPLE)
-    engine.generate([[5, 6]], 1, **SAMPLE)  # a refill
+    generate(engine, [[5, 6]], 1, **SAMPLE)
+    generate(engine, [[5, 6]], 1, **SAMPLE)  # a refill
     engine.sleep()
     engine.sync()
-    engine.generate([[5, 6]], 1, **SAMPLE)
+    generate(engine, [[5, 6]], 1, **SAMPLE)
     start_up = ["load", "prove", "reset"]
     step = ["generate", "generate", "sleep 2"]
     sync = ["wake weights", "load", "prove", "wake kv_cache", "reset"]
@@ -159,14 +159,14 @@ def test_a_trained_engine_that_slept_refuses_to_sample_before_a_sync(made):
     engine = made()
     engine.sleep()
     with pytest.raises(WeightSyncError, match="before a sync"):
-        engine.generate([[5, 6]], 1, **SAMPLE)
+        generate(engine, [[5, 6]], 1, **SAMPLE)
 
 
 def test_a_frozen_engine_gets_its_weights_back_when_it_samples(made):
     """From the trainer's model, not from a copy in host memory; and proven again."""
     engine = made(trained=False)
     for _ in range(2):
-        engine.generate([[5, 6]], 1, **SAMPLE)
+        generate(engine, [[5, 6]], 1, **SAMPLE)
         engine.sleep()
     start_up, step = ["load", "prove", "reset"], ["generate", "sleep 2"]
     sync = ["wake weights", "load", "prove", "wake kv_cache", "reset"]
@@ -314,7 +314,7 @@ import torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from common.sharding import full_weights
-from common.weight_sync import same_bits
+from common.sync_proof import same_bits
 
 dist.init_process_group("gloo")
 torch.manual_seed(0)
@@ -339,7 +339,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from types import SimpleNamespace
-from common import head as chunked
+from common import lm_head as chunked
 from common.sharding import accumulating
 
 dist.init_process_group("gloo")

@@ -13,7 +13,7 @@ from test_scripts import run
 
 import bridge
 from common.errors import RunFailure, UserError
-from common.fingerprint import ROOT
+from common.input_hashes import ROOT
 from workflow import machine, processes
 from workflow.presets import preset_of, script_args
 from workflow.routes import ROUTES

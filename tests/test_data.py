@@ -9,7 +9,7 @@ import pytest
 
 from common import data
 from common.errors import UserError
-from common.fingerprint import ROOT, inputs_of
+from common.input_hashes import ROOT, inputs_of
 
 
 def write(path, rows) -> str:

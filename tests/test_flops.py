@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import flops
 from common.flops import forward_flops
-from common.head import chunked_backward, frozen_hidden_states
+from common.lm_head import chunked_backward, frozen_hidden_states
 
 
 def test_flops_are_those_that_torch_counts(tokenizer):

@@ -10,7 +10,7 @@ import pytest
 from test_scripts import SMALL, run
 
 from common.errors import RunFailure
-from common.fingerprint import ROOT
+from common.input_hashes import ROOT
 from workflow.fork_server import ForkServer
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "2"}  # as test_scripts.run

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.fingerprint import ROOT
+from common.input_hashes import ROOT
 
 pytest.importorskip("triton")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -212,7 +212,7 @@ def test_the_gradient_may_overwrite_the_logits():
 
 def test_the_chunks_logits_are_freed():
     """They once were not: a chunk of them stayed behind at each micro-batch."""
-    from common.head import head_backward
+    from common.lm_head import head_backward
     from common.logprob import token_logprobs
 
     statm = Path("/proc/self/statm")

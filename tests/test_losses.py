@@ -9,7 +9,7 @@ from conftest import gradients, tiny_model, torchrun
 import fkl_warmup
 import grpo
 import opd
-from common.head import head_backward
+from common.lm_head import head_backward
 from common.logprob import kl_divergence, token_logprobs
 
 N, V = 7, 11
@@ -496,7 +496,7 @@ SHARDED = """
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from common.head import head_backward, head_logprobs
+from common.lm_head import head_backward, head_logprobs
 from common.logprob import token_logprobs
 
 dist.init_process_group("gloo")

@@ -12,7 +12,7 @@ import grpo
 import opd
 from common import memory
 from common.errors import UserError
-from common.fingerprint import ROOT
+from common.input_hashes import ROOT
 
 SHAPES = {
     "SmolLM2-135M": LlamaConfig(

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from common import saving
 from common.errors import UserError
-from common.fingerprint import ROOT
+from common.input_hashes import ROOT
 from common.model import check_lengths, end_ids, load_model, load_tokenizer, share_end_ids
 from common.torch_engine import TorchEngine
 

@@ -15,7 +15,7 @@ from conftest import tiny_model, torchrun
 from safetensors.torch import load_file
 
 from common import saving
-from common.fingerprint import ROOT
+from common.input_hashes import ROOT
 
 pytestmark = pytest.mark.slow
 SIZES = ["--prompts_per_step", "5", "--group_size", "4", "--max_new_tokens", "24"]

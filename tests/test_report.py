@@ -13,7 +13,7 @@ from scipy.stats import ttest_1samp, ttest_rel
 import bridge
 from common.data import template_fingerprint
 from common.errors import UserError
-from common.fingerprint import ROOT, inputs_of
+from common.input_hashes import ROOT, inputs_of
 from common.statistics import judge, t_interval, t_test
 from workflow.machine import find_machine
 from workflow.paper import CLAIMS, RESULTS, results_of

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import SAMPLED, SEED, prompt_of, prompts_of_many_lengths, tiny_model
+from conftest import SAMPLED, SEED, generate, prompt_of, prompts_of_many_lengths, tiny_model
 from transformers import Qwen3Config
 
 from common.errors import UserError
@@ -28,7 +28,7 @@ def test_logprobs_are_those_of_the_sampling_distribution(model, tokenizer, tempe
     """Against transformers' logits of each whole sequence by itself: no cache, padding or batch."""
     prompts = prompts_of_many_lengths(tokenizer)
     sampled = SAMPLED | {"temperature": temperature}
-    for rollout in TorchEngine(model, tokenizer).generate(prompts, 3, **sampled):
+    for rollout in generate(TorchEngine(model, tokenizer), prompts, 3, **sampled):
         ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
         logits = model(input_ids=ids).logits[0, len(rollout.prompt_ids) - 1 : -1]
         expected = token_logprobs(logits, torch.tensor(rollout.completion_ids), temperature)[0]
@@ -38,7 +38,7 @@ def test_logprobs_are_those_of_the_sampling_distribution(model, tokenizer, tempe
 
 def test_greedy_is_transformers_generate(model, tokenizer):
     prompts = prompts_of_many_lengths(tokenizer)
-    rollouts = TorchEngine(model, tokenizer).generate(prompts, 1, **SAMPLED | {"temperature": 0.0})
+    rollouts = generate(TorchEngine(model, tokenizer), prompts, 1, **SAMPLED | {"temperature": 0.0})
     for prompt, rollout in zip(prompts, rollouts, strict=True):
         expected = model.generate(
             torch.tensor([prompt]),
@@ -52,12 +52,12 @@ def test_greedy_is_transformers_generate(model, tokenizer):
 def test_a_sample_depends_on_its_seed_alone(model, tokenizer):
     """Not on the batch size, on who shares the batch, or on who has finished."""
     prompts = prompts_of_many_lengths(tokenizer)
-    whole = TorchEngine(model, tokenizer).generate(prompts, 4, **SAMPLED)
-    small = TorchEngine(model, tokenizer, batch_size=4).generate(prompts, 4, **SAMPLED)
+    whole = generate(TorchEngine(model, tokenizer), prompts, 4, **SAMPLED)
+    small = generate(TorchEngine(model, tokenizer, batch_size=4), prompts, 4, **SAMPLED)
     assert same(whole, small)
-    fewer = TorchEngine(model, tokenizer).generate(prompts[:2], 2, **SAMPLED)
+    fewer = generate(TorchEngine(model, tokenizer), prompts[:2], 2, **SAMPLED)
     assert same(fewer, [whole[0], whole[1], whole[4], whole[5]])
-    other = TorchEngine(model, tokenizer).generate(prompts, 4, **SAMPLED | {"seed": (SEED, 1)})
+    other = generate(TorchEngine(model, tokenizer), prompts, 4, **SAMPLED | {"seed": (SEED, 1)})
     assert not same(whole, other)
     groups = [whole[first : first + 4] for first in range(0, len(whole), 4)]
     assert any(len({tuple(r.completion_ids) for r in group}) == 4 for group in groups)
@@ -66,8 +66,8 @@ def test_a_sample_depends_on_its_seed_alone(model, tokenizer):
 def test_every_eos_id_ends_a_completion(model, tokenizer):
     ends = set(end_ids(tokenizer, model))
     assert ends == {tokenizer.eos_token_id, *range(10, 20)}
-    rollouts = TorchEngine(model, tokenizer).generate(
-        prompts_of_many_lengths(tokenizer), 8, **SAMPLED
+    rollouts = generate(
+        TorchEngine(model, tokenizer), prompts_of_many_lengths(tokenizer), 8, **SAMPLED
     )
     for rollout in rollouts:
         *before, last = rollout.completion_ids

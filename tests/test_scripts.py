@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from test_model import OTHER_EOS, changed_copy
 from transformers import AutoModelForCausalLM
 
-from common.fingerprint import ROOT
 from common.flops import forward_flops
+from common.input_hashes import ROOT
 from common.start import start
 
 SMALL = ["--prompts_per_step", "4", "--group_size", "4", "--warmup_steps", "1"]

@@ -16,7 +16,7 @@ import evaluate
 import fkl_warmup
 import grpo
 import opd
-from common.fingerprint import ROOT
+from common.input_hashes import ROOT
 
 TRAINERS = [grpo, opd, fkl_warmup]
 BANNER = re.compile(r"^ *# (?:===|---) (.+) (?:===|---)$", re.MULTILINE)

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from common import data
-from common.fingerprint import ROOT
+from common.input_hashes import ROOT
 from toy import make
 
 TOY = ROOT / "toy"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from common.fingerprint import ROOT
+from common.input_hashes import ROOT
 from common.verifier import Verdict, Verifier, compare_cheaply, extract_answer
 
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import SEED
 from test_verifier import BOMBS, assert_gone
 
-from common.fingerprint import ROOT
+from common.input_hashes import ROOT
 from common.rollout import Rollout
 from common.verifier import OUTCOMES, Verifier, compare_cheaply, extract_answer
 from evaluate import majority_votes

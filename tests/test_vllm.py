@@ -13,17 +13,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SEED, prompt_of, tiny_model
+from conftest import SEED, generate, prompt_of, tiny_model
 from safetensors.torch import load_file
 
 from common import vllm_engine as module
 from common.errors import RunFailure, UserError
-from common.fingerprint import ROOT
+from common.input_hashes import ROOT
 from common.model import load_model
 from common.sampler import make_engine
+from common.sync_proof import CANARY_LIMIT, WeightSyncError, stale_parameters
 from common.torch_engine import TorchEngine
 from common.vllm_engine import VLLMEngine, resolve_backend
-from common.weight_sync import CANARY_LIMIT, WeightSyncError, stale_parameters
 
 pytestmark = pytest.mark.vllm
 CPU = torch.device("cpu")
@@ -116,8 +116,8 @@ def test_greedy_completions_are_those_of_the_torch_backend(name, tokenizer):
     prompts = [prompt_ids(tokenizer, number) for number in range(10, 42)]
     prompts += [ids + tokenizer.encode("1") for ids in prompts[:10]]  # begun step by step: long
     greedy = {"max_new_tokens": 64, "temperature": 0.0, "seed": (SEED,)}
-    theirs = engine.generate(prompts, 2, **greedy)
-    ours = TorchEngine(model, tokenizer).generate(prompts, 2, **greedy)
+    theirs = generate(engine, prompts, 2, **greedy)
+    ours = generate(TorchEngine(model, tokenizer), prompts, 2, **greedy)
     assert len({tuple(row.completion_ids) for row in ours}) > 10
     assert max(len(row.completion_ids) for row in ours) > 40
     for a, b in zip(theirs, ours, strict=True):
@@ -128,7 +128,8 @@ def test_greedy_completions_are_those_of_the_torch_backend(name, tokenizer):
 
 def test_logprobs_are_taken_at_the_sampling_temperature(engine, student, tokenizer):
     """Against transformers' own logits."""
-    sampled = engine.generate(
+    sampled = generate(
+        engine,
         [prompt_ids(tokenizer, number) for number in (10, 20)],
         8,
         max_new_tokens=32,
@@ -150,7 +151,7 @@ def test_seeds(engine, tokenizer):
     prompts = [prompt_ids(tokenizer, number) for number in (10, 10, 30)]
 
     def ids(seed, prompts=prompts):
-        rows = engine.generate(prompts, 6, max_new_tokens=24, temperature=2.0, seed=seed)
+        rows = generate(engine, prompts, 6, max_new_tokens=24, temperature=2.0, seed=seed)
         return [tuple(row.completion_ids) for row in rows]
 
     first = ids((SEED, 1))
@@ -164,7 +165,7 @@ def test_seeds(engine, tokenizer):
 def test_samples_follow_the_distribution(engine, student, tokenizer):
     """First tokens of 4,000 samples at temperature 2 against transformers' probabilities."""
     ids, count = prompt_ids(tokenizer, 10), 4000
-    rows = engine.generate([ids], count, max_new_tokens=1, temperature=2.0, seed=(SEED,))
+    rows = generate(engine, [ids], count, max_new_tokens=1, temperature=2.0, seed=(SEED,))
     with torch.no_grad():
         expected = (student(torch.tensor([ids])).logits[0, -1] / 2).softmax(-1).double() * count
     counts = torch.bincount(
@@ -183,8 +184,8 @@ def test_samples_follow_the_distribution(engine, student, tokenizer):
 def test_every_eos_id_ends_a_completion_and_belongs_to_it(tokenizer):
     model = tiny_model(tokenizer, head_dim=32)  # its generation_config lists ten EOS ids
     engine = engine_of_saved(model, tokenizer)
-    rows = engine.generate(
-        [prompt_ids(tokenizer, 10)], 64, max_new_tokens=24, temperature=1.0, seed=(SEED,)
+    rows = generate(
+        engine, [prompt_ids(tokenizer, 10)], 64, max_new_tokens=24, temperature=1.0, seed=(SEED,)
     )
     ends = {*range(10, 20), tokenizer.eos_token_id}
     for row in rows:
@@ -214,8 +215,8 @@ def test_a_folder_is_evaluated_without_a_model(tokenizer, student, tmp_path, fil
     engine = VLLMEngine(str(tmp_path / "model"), tokenizer, arguments())
     greedy = {"max_new_tokens": 24, "temperature": 0.0, "seed": (SEED,)}
     prompts = [prompt_ids(tokenizer, 10)]
-    (theirs,) = engine.generate(prompts, 1, **greedy)
-    (ours,) = TorchEngine(student, tokenizer).generate(prompts, 1, **greedy)
+    (theirs,) = generate(engine, prompts, 1, **greedy)
+    (ours,) = generate(TorchEngine(student, tokenizer), prompts, 1, **greedy)
     assert theirs.completion_ids == ours.completion_ids
 
 
@@ -227,11 +228,11 @@ def test_after_a_sync_the_engine_samples_from_the_new_weights(engine, student, t
     prompts = [prompt_ids(tokenizer, 10) * 8]
     assert len(prompts[0]) > 128
     greedy = {"max_new_tokens": 24, "temperature": 0.0, "seed": (SEED,)}
-    (before,) = engine.generate(prompts, 1, **greedy)
+    (before,) = generate(engine, prompts, 1, **greedy)
     take_a_step(student, lr=3e-2)
     proof = engine.sync()
-    (after,) = engine.generate(prompts, 1, **greedy)
-    (ours,) = TorchEngine(student, tokenizer).generate(prompts, 1, **greedy)
+    (after,) = generate(engine, prompts, 1, **greedy)
+    (ours,) = generate(TorchEngine(student, tokenizer), prompts, 1, **greedy)
     assert before.completion_ids != after.completion_ids == ours.completion_ids
     torch.testing.assert_close(after.logprobs, ours.logprobs, atol=1e-4, rtol=0)
     assert proof["sync/parameters"] == len(list(student.parameters()))
@@ -347,7 +348,7 @@ def test_engine_death_in_mid_run_is_one_line(engine, tokenizer, monkeypatch):
 
     monkeypatch.setattr(engine.llm, "generate", dies)
     with pytest.raises(RunFailure, match="^vLLM stopped while sampling: the engine core has died$"):
-        engine.generate([[1, 2]], 1, max_new_tokens=1, temperature=1.0, seed=(0,))
+        generate(engine, [[1, 2]], 1, max_new_tokens=1, temperature=1.0, seed=(0,))
 
 
 # === scripts ===

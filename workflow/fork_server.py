@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from common.errors import RunFailure
-from common.fingerprint import ROOT
+from common.input_hashes import ROOT
 from workflow.presets import KINDS
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from common.errors import RunFailure, UserError
-from common.fingerprint import ROOT
+from common.input_hashes import ROOT
 from common.start import Stopped
 from workflow.fork_server import ForkServer
 from workflow.stages import Stage

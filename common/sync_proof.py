@@ -7,7 +7,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from common.errors import RunFailure
-from common.head import head_logprobs, hidden_states
+from common.lm_head import head_logprobs, hidden_states
 from common.ranks import gather
 from common.sharding import device_of, full_weight
 
