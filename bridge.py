@@ -58,10 +58,18 @@ class Args:
     """print every command and setting, run nothing"""
     only_report: bool = False
     """run nothing; write the report of stages that are finished"""
+    task: str | None = None
+    """what is asked and what earns a reward; default: math, else a .py file (docs/tasks.md)"""
+    grade_timeout: float | None = None
+    """seconds in which a completion is graded; default: the scripts'"""
     dataset: str | None = None
-    """training problems; default: toy, or DAPO-Math-17k for other models"""
+    """training problems; default: the task's first, or DAPO-Math-17k for math on other models"""
     benchmarks: tuple[str, ...] | None = None
-    """what is evaluated; default: toy, or math500 aime24 aime25"""
+    """what is evaluated; default: the task's first, or math500 aime24 aime25"""
+    decontaminate: tuple[str, ...] | None = None
+    """sets whose problems are removed; default: --benchmarks, for a hub dataset every benchmark"""
+    columns: tuple[str, ...] | None = None
+    """columns of other names in --dataset than the task knows: problem=question answer=solution"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where every stage runs"""
     backend: Literal["auto", "torch", "vllm"] = "auto"
@@ -103,9 +111,13 @@ class Args:
     """compute type"""
     tensor_parallel: int | None = None
     """GPUs that share one vLLM; default: as many as its model needs"""
+    system: str | None = None
+    """a system message before each prompt"""
+    instruction: str | None = None
+    """what is put behind each problem; default: the task's own"""
     chat_template: str | None = None
-    """a model whose chat template is used; default: each model's own, or for a student without one
-    the teacher's in every stage"""
+    """a .jinja file, or a model whose chat template is used; default: each model's own, or for a
+    student without one the teacher's in every stage"""
     vllm_gpu_memory: float | None = None
     """share of the GPU's memory that vLLM may take while it samples"""
     num_samples: int | None = None

@@ -1,10 +1,12 @@
 r"""Evaluate a model: avg@k, unbiased pass@j and maj@k, with intervals over problems.
 
-For each problem k completions are sampled and graded by the verifier that training uses.
+For each problem k completions are sampled and graded as in training.
 
-    avg@k   mean over problems of the share of its samples that are right
+    avg@k   mean over problems of its samples' mean reward (of 0s and 1s: the share that is right)
     pass@j  mean over problems of 1 - C(k - c, j) / C(k, j), c of k right       (arXiv 2107.03374)
-    maj@k   mean over problems of whether the most frequent answer is right     (arXiv 2203.11171)
+    maj@k   mean over problems of the reward of the most frequent answer        (arXiv 2203.11171)
+
+Right is a reward of at least --pass_threshold. A task that reads no answers has no maj@k.
 
 Samples of one problem are not independent, so intervals go by how much problems differ: more
 samples a problem cannot shrink them to nothing, and 0 of 30 right is no certainty.
@@ -19,7 +21,6 @@ samples/*.jsonl, and samples.html, where a person reads them with their verdicts
         --temperature 0.7 --top_p 0.8 --top_k 20 --max_prompt_tokens 2048 --max_new_tokens 16384
 """
 
-import html
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -39,11 +40,12 @@ from common.model import check_lengths, load_model, load_tokenizer
 from common.ranks import gather, join_ranks, on_first_rank, rank
 from common.rollout import Rollout, rollout_metrics
 from common.sampler import sample_and_verify
+from common.samples_page import samples_page
 from common.sharding import DTYPES
 from common.start import check_ranges, start
 from common.statistics import difference_interval, interval, pass_at
+from common.task import Task
 from common.torch_engine import TorchEngine
-from common.verifier import Verifier, compare_cheaply
 from common.vllm_engine import VLLMEngine, resolve_backend
 
 
@@ -66,20 +68,31 @@ class Args:
     """type of weights and compute"""
 
     # --- data ---
-    benchmarks: tuple[str, ...] = ("toy",)
-    """toy, math500, aime24, aime25, amc23, gsm8k, a hub id, or a .jsonl or .parquet file"""
+    task: str = "math"
+    """what is asked and how it is graded: math, or a .py file (docs/tasks.md)"""
+    grade_timeout: float = 2.0
+    """seconds in which a completion is graded; a later grade counts as none"""
+    benchmarks: tuple[str, ...] | None = None
+    """names that the task knows (math: toy, math500, aime24, aime25, amc23, gsm8k), hub ids, .jsonl
+    or .parquet files; default: the task's first"""
     num_problems: int | None = None
     """take the first problems of each benchmark only"""
     max_prompt_tokens: int = 128
     """longer prompts are an error: a benchmark without its long problems is another benchmark"""
     thinking: bool = False
     """thinking mode of the chat template"""
+    system: str | None = None
+    """a system message before each prompt"""
+    instruction: str | None = None
+    """what is put behind each problem; default: the task's own"""
     chat_template: str | None = None
-    """a model whose chat template is used; default: the model's own"""
+    """a .jinja file, or a model whose chat template is used; default: the model's own"""
 
     # --- sampling ---
     num_samples: int = 16
     """k: completions per problem"""
+    pass_threshold: float = 1.0
+    """pass@j counts samples of at least this reward"""
     max_new_tokens: int = 64
     """longest completion"""
     temperature: float = 1.0
@@ -101,60 +114,67 @@ class Args:
 # === results ===
 
 
-def majority_votes(verifier: Verifier, rollouts: list[Rollout], num_samples: int) -> list[float]:
-    """Per problem, the probability that its most frequent answer is right, ties broken at random.
+def majority_votes(task: Task, rollouts: list[Rollout], num_samples: int) -> list[float] | None:
+    """Per problem, the reward of its most frequent answer, ties broken at random; None for a task
+    that reads no answers.
 
-    Right answers are one candidate; wrong ones that the verifier calls equal (1/2 and 0.5) are one.
-    An answer that it could not compare stands by its text; no answer is no vote.
+    Answers are one candidate if their texts are, or if the task calls them the same (1/2 and 0.5);
+    then all right ones are the gold answer, and one candidate too. An answer that could not be
+    graded stands by its text; no answer is no vote.
     """
+    if "answer" not in task.functions:
+        return None
     groups = [rollouts[i : i + num_samples] for i in range(0, len(rollouts), num_samples)]
-    wrong_votes, pairs = [], []  # pairs: (problem, answer, other answer) that may be equal
+    votes, pairs = [], []  # pairs: (problem, answer, other answer) that may be the same
     for number, group in enumerate(groups):
-        wrong = [r.verdict for r in group if r.verdict.outcome in ("wrong", "timeout", "crash")]
-        wrong_votes.append(Counter(verdict.answer for verdict in wrong))
-        comparable = {verdict.answer for verdict in wrong if verdict.outcome == "wrong"}
-        pairs += [
-            (number, one, other)
-            for one, other in combinations(wrong_votes[-1], 2)
-            if {one, other} <= comparable and compare_cheaply(one, other) is not False
-        ]
-    ones, others = [one for _, one, _ in pairs], [other for *_, other in pairs]
-    # Both ways: to an undone sum as gold answer its value is right, but not the other way round.
-    verdicts = zip(verifier.compare(others, ones), verifier.compare(ones, others), strict=True)
-    for (number, one, other), (there, back) in zip(pairs, verdicts, strict=True):
-        votes = wrong_votes[number]
-        if there.correct and back.correct and one in votes and other in votes:
-            votes[one] += votes.pop(other)
-    shares = []
-    for group, wrong in zip(groups, wrong_votes, strict=True):
-        right = sum(rollout.verdict.correct for rollout in group)
-        rivals = sum(count == right for count in wrong.values())
-        wins = right > 0 and right >= max(wrong.values(), default=0)
-        shares.append(1 / (1 + rivals) if wins else 0.0)
-    return shares
+        verdicts = [rollout.verdict for rollout in group if rollout.verdict.answer is not None]
+        one_gold = "same" in task.functions
+        names = [GOLD if one_gold and v.correct else v.answer for v in verdicts]
+        votes.append(Counter(names))
+        wrong = dict.fromkeys(v.answer for v in verdicts if v.outcome in ("wrong", "partial"))
+        pairs += [(number, *pair) for pair in combinations(wrong, 2)]
+    same = task.same([pair for _, *pair in pairs])
+    for (number, one, other), are_same in zip(pairs, same, strict=True):
+        if are_same and one in votes[number] and other in votes[number]:
+            votes[number][one] += votes[number].pop(other)
+    return [winners_reward(*pair) for pair in zip(groups, votes, strict=True)]
 
 
-def summarise(rollouts: list[Rollout], votes: list[float], num_samples: int) -> dict[str, object]:
+GOLD = None  # the candidate of all right answers
+
+
+def winners_reward(group: list[Rollout], votes: Counter) -> float:
+    """The mean reward of the answers that have the most votes; 0 without any."""
+    reward_of = {rollout.verdict.answer: rollout.verdict.reward for rollout in group} | {GOLD: 1.0}
+    winners = [answer for answer, count in votes.items() if count == max(votes.values())]
+    return sum(reward_of[answer] for answer in winners) / max(1, len(winners))
+
+
+def summarise(
+    rollouts: list[Rollout], votes: list[float] | None, num_samples: int, pass_threshold: float
+) -> dict[str, object]:
     """The numbers of one benchmark; the samples of a problem stand together."""
-    correct = np.array([rollout.verdict.correct for rollout in rollouts]).reshape(-1, num_samples)
-    counts = correct.sum(1).tolist()
+    rewards = np.array([rollout.verdict.reward for rollout in rollouts]).reshape(-1, num_samples)
+    averages, counts = rewards.mean(1), (rewards >= pass_threshold).sum(1).tolist()
     powers = [2**i for i in range(num_samples.bit_length()) if 2**i <= num_samples]
     sizes = range(1, num_samples + 1)
     by_problem = {j: [pass_at(j, count, num_samples) for count in counts] for j in sizes}
     return {
         "num_problems": len(counts),
         "num_samples": num_samples,
-        "accuracy": float(correct.mean()),
-        "accuracy_interval": interval(correct.mean(1), num_samples),
-        "majority": float(np.mean(votes)),
-        "majority_interval": interval(votes, num_samples),
+        "accuracy": float(averages.mean()),
+        "accuracy_interval": interval(averages, num_samples),
+        "majority": None if votes is None else float(np.mean(votes)),
+        "majority_interval": None if votes is None else interval(votes, num_samples),
+        "pass_threshold": pass_threshold,
         "pass_at": {j: float(np.mean(values)) for j, values in by_problem.items()},
         "pass_at_interval": {j: interval(by_problem[j], num_samples) for j in powers},
         "generated_tokens": sum(len(rollout.completion_ids) for rollout in rollouts),
         **rollout_metrics(rollouts),
-        "problems": [rollout.problem for rollout in rollouts[::num_samples]],
-        "golds": [rollout.gold for rollout in rollouts[::num_samples]],
-        "correct_counts": counts,
+        "problems": [rollout.problem.text for rollout in rollouts[::num_samples]],
+        "golds": [rollout.problem.gold for rollout in rollouts[::num_samples]],
+        "averages": averages.tolist(),
+        "pass_counts": counts,
         "majority_votes": votes,
     }
 
@@ -162,19 +182,20 @@ def summarise(rollouts: list[Rollout], votes: list[float], num_samples: int) -> 
 def paired_difference(a: dict, b: dict) -> dict[str, tuple[float, list[float]]]:
     """Differences a - b of two results on the same problems, with intervals over problems."""
     k = a["num_samples"]
-    averages = [np.array(result["correct_counts"]) / k for result in (a, b)]
-    majorities = [np.array(result["majority_votes"]) for result in (a, b)]
-    return {
-        name: (float(one.mean() - other.mean()), difference_interval(one, other, k))
-        for name, (one, other) in ((f"avg@{k}", averages), (f"maj@{k}", majorities))
-    }
+    differences = {}
+    for name, key in ((f"avg@{k}", "averages"), (f"maj@{k}", "majority_votes")):
+        if None not in (a[key], b[key]):
+            one, other = np.array(a[key]), np.array(b[key])
+            interval_of = difference_interval(one, other, k)
+            differences[name] = (float(one.mean() - other.mean()), interval_of)
+    return differences
 
 
 # Flags that say which model is asked and where, not how: they are not kept with the results.
 MAY_DIFFER = {"output_dir", "compare", "model", "benchmarks", "device"}
 MAY_DIFFER |= {"tensor_parallel", "vllm_gpu_memory", "enforce_eager"}
 # What --compare reads of a benchmark's results.
-COMPARED = {"problems", "golds", "num_samples", "num_problems", "correct_counts", "majority_votes"}
+COMPARED = {"problems", "golds", "num_samples", "num_problems", "averages", "majority_votes"}
 
 
 def read_results(path: Path) -> dict:
@@ -222,7 +243,7 @@ def compare(folders: tuple[str, str]) -> None:
 
 
 def sample_benchmark(
-    engine, verifier: Verifier, prompts: list[data.Prompt], args: Args, seed: tuple, path: Path
+    engine, task: Task, prompts: list[data.Prompt], args: Args, seed: tuple, path: Path
 ) -> list[Rollout]:
     """k graded completions per prompt. Each batch is added to `path`; what is there already from a
     run that was cut off is not sampled again, and the rest comes out as it would have."""
@@ -234,7 +255,7 @@ def sample_benchmark(
         for first in range(done, len(prompts), per_batch):
             batch = prompts[first : first + per_batch]
             batch_seed = (*seed, first)
-            sampled = sample_and_verify(engine, verifier, batch, args.num_samples, args, batch_seed)
+            sampled = sample_and_verify(engine, task, batch, args.num_samples, args, batch_seed)
             new_rows = gather([rollout.row() for rollout in sampled])
             with writing(path.parent):
                 on_first_rank(lambda new_rows=new_rows: append_rows(path, new_rows))
@@ -264,50 +285,6 @@ def kept_rows(path: Path, num_prompts: int, per_batch: int, num_samples: int) ->
     return rows
 
 
-PAGE = """<!doctype html><meta charset="utf-8"><title>TITLE</title>
-<style>
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3em 0 }
-summary { cursor: pointer; padding: .3em 0 }
-.sample { border-left: 4px solid #c0392b; margin: .6em 0 .6em 1em; padding: 0 .8em }
-.sample.correct { border-color: #27864a } .sample small { color: #666 }
-body.correct .sample:not(.correct), body.other .sample.correct { display: none }
-</style>
-<h1>TITLE</h1>
-<p>Show <select onchange="document.body.className = this.value">
-<option value="">all completions<option value="correct">correct ones<option value="other">all others
-</select></p>
-"""
-
-
-def samples_page(title: str, benchmarks: dict[str, list[Rollout]], num_samples: int) -> str:
-    """One self-contained HTML page: the first 100 problems of each benchmark, every completion."""
-    parts = [PAGE.replace("TITLE", html.escape(title))]
-    for name, rollouts in benchmarks.items():
-        num_problems = len(rollouts) // num_samples
-        listed = range(min(100, num_problems))
-        count = f"{len(listed)} of {num_problems} problems"
-        parts.append(f"<h2>{html.escape(name)}: {count}</h2>\n")
-        for problem in listed:
-            group = rollouts[problem * num_samples : (problem + 1) * num_samples]
-            right = sum(rollout.verdict.correct for rollout in group)
-            parts.append(
-                f"<details><summary>{right}/{num_samples} right: "
-                f"{html.escape(group[0].problem)}</summary>\n<p>gold answer: "
-                f"<code>{html.escape(group[0].gold)}</code></p>\n"
-            )
-            for rollout in group:
-                verdict, length = rollout.verdict, len(rollout.completion_ids)
-                end = "cut off" if rollout.finish == "length" else "ended"
-                read = "" if verdict.answer is None else f", read: {html.escape(verdict.answer)}"
-                parts.append(
-                    f'<div class="sample {verdict.outcome}"><small>{verdict.outcome}{read}; '
-                    f"{length} tokens, {end}</small><pre>{html.escape(rollout.text)}</pre></div>\n"
-                )
-            parts.append("</details>\n")
-    return "".join(parts)
-
-
 # === main ===
 
 
@@ -320,9 +297,11 @@ def main(args: Args) -> None:
     backend = resolve_backend(args, device)
     check_lengths(args, args.model)
     tokenizer = load_tokenizer(args.model, chat_template=args.chat_template)
-    prompts = {name: benchmark_prompts(name, tokenizer, args) for name in args.benchmarks}
+    task = Task(args.task, args.grade_timeout, args.instruction, args.system)
+    names = args.benchmarks or (data.default_of(task, "benchmarks"),)
+    prompts = {name: benchmark_prompts(task, name, tokenizer, args) for name in names}
     config = {"script": "evaluate", **vars(args), **on_first_rank(lambda: inputs_of(args))}
-    config["template_fingerprint"] = data.template_fingerprint(tokenizer, args.thinking)
+    config["template_fingerprint"] = data.template_fingerprint(tokenizer, args)
     config["fingerprints"] = {n: data.fingerprint(tokenizer, p, args) for n, p in prompts.items()}
     folder = Path(args.output_dir)
     if rank() == 0:
@@ -338,12 +317,15 @@ def main(args: Args) -> None:
         model = load_model(args.model, args.dtype, device)
         engine = TorchEngine(model, tokenizer, DTYPES[args.dtype])
     results, samples, k = {}, {}, args.num_samples
-    with Verifier() as verifier:
+    with task:
         for number, (name, asked) in enumerate(prompts.items()):
             path = folder / "samples" / f"{Path(name).stem}.jsonl"
-            sampled = sample_benchmark(engine, verifier, asked, args, (args.seed, number), path)
-            votes = on_first_rank(lambda rows=sampled: majority_votes(verifier, rows, k))
-            results[name], samples[name] = summarise(sampled, votes, k), sampled
+            sampled = sample_benchmark(engine, task, asked, args, (args.seed, number), path)
+            votes = on_first_rank(lambda rows=sampled: majority_votes(task, rows, k))
+            results[name], samples[name] = (
+                summarise(sampled, votes, k, args.pass_threshold),
+                sampled,
+            )
             print(describe(name, results[name]))
     if rank() == 0:
         with writing(folder):
@@ -356,14 +338,15 @@ def main(args: Args) -> None:
 def check_args(args: Args) -> None:
     check_ranges(args, zero_allowed=("temperature",))
     check(0 < args.top_p <= 1, f"--top_p is {args.top_p}; it must be above 0 and at most 1")
-    check(args.benchmarks, "--benchmarks needs a value, for example toy or math500")
-    file_names = {Path(name).stem for name in args.benchmarks}
-    same = len(file_names) < len(args.benchmarks)
+    check(args.benchmarks != (), "--benchmarks needs a value, for example toy or math500")
+    check(args.pass_threshold <= 1, f"--pass_threshold is {args.pass_threshold}; rewards end at 1")
+    names = args.benchmarks or ()
+    same = len({Path(name).stem for name in names}) < len(names)
     check(not same, "two --benchmarks have one file name; rename one")
 
 
-def benchmark_prompts(name: str, tokenizer, args: Args) -> list[data.Prompt]:
-    problems = data.load_evaluation_problems(name)[: args.num_problems]
+def benchmark_prompts(task: Task, name: str, tokenizer, args: Args) -> list[data.Prompt]:
+    problems = data.load_evaluation_problems(task, name)[: args.num_problems]
     prompts = data.render_prompts(tokenizer, problems, args)
     too_long = len(problems) - len(prompts)
     check(
@@ -376,12 +359,13 @@ def benchmark_prompts(name: str, tokenizer, args: Args) -> list[data.Prompt]:
 
 def describe(name: str, result: dict) -> str:
     k, (low, high) = result["num_samples"], result["accuracy_interval"]
-    outcomes = ("wrong", "no_answer", "timeout", "crash", "truncated")
+    outcomes = ("partial", "wrong", "no_answer", "timeout", "crash", "truncated")
+    majority = "" if result["majority"] is None else f", maj@{k} {result['majority']:.1%}"
     others = ", ".join(f"{kind} {result[f'rollout/{kind}']:.1%}" for kind in outcomes)
     return (
         f"{name}: avg@{k} {result['accuracy']:.1%} [{low:.1%}, {high:.1%}] over "
-        f"{result['num_problems']} problems, pass@{k} {result['pass_at'][k]:.1%}, "
-        f"maj@{k} {result['majority']:.1%}; {others}; "
+        f"{result['num_problems']} problems, pass@{k} {result['pass_at'][k]:.1%}{majority}; "
+        f"{others}; "
         f"mean length {result['rollout/length']:.0f} tokens"
     )
 

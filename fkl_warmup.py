@@ -43,6 +43,7 @@ from common.rollout import Rollout, load_rollouts
 from common.run import Run, check_training, mean, start_training
 from common.sampler import Sampler
 from common.sharding import accumulating, clip_grad_norm, device_of
+from common.task import Task
 from common.vllm_engine import resolve_backend
 
 # === arguments ===
@@ -87,24 +88,30 @@ class Args:
     """add a step's gradients up on the GPU, whole: with --cpu_offload they travel once a step"""
 
     # --- data ---
-    dataset: str = "toy"
-    """toy, a hub id (owner/name:config), or a .jsonl or .parquet file"""
+    task: str = "math"
+    """what is asked and what earns a reward: math, or a .py file (docs/tasks.md)"""
+    grade_timeout: float = 2.0
+    """seconds in which a completion is graded; a later grade counts as none"""
+    dataset: str | None = None
+    """a hub id (owner/name:config), a .jsonl or .parquet file, or one of the task's, as toy"""
     split: Literal["all", "1H", "2H"] = "all"
     """all problems, or one of two fixed halves"""
-    problem_column: str | None = None
-    """the problem's column; default: found by its usual names"""
-    answer_column: str | None = None
-    """the answer's column; default: found by its usual names"""
-    eval_dataset: str = "toy"
-    """what --eval_every evaluates on: toy (held out), a benchmark or a file"""
+    columns: tuple[str, ...] = ()
+    """columns of other names than the task knows: problem=question answer=solution"""
+    eval_dataset: str | None = None
+    """what --eval_every evaluates on: a benchmark or a file; default: the task's first benchmark"""
     decontaminate: tuple[str, ...] | None = None
     """sets whose problems are removed; default: for a hub dataset every benchmark, else none"""
     max_prompt_tokens: int = 128
     """longer prompts are dropped"""
     thinking: bool = False
     """thinking mode of the chat template"""
+    system: str | None = None
+    """a system message before each prompt"""
+    instruction: str | None = None
+    """what is put behind each problem; default: the task's own"""
     chat_template: str | None = None
-    """a model whose chat template is used; default: the model's own"""
+    """a .jinja file, or a model whose chat template is used; default: the model's own"""
 
     # --- rollouts ---
     prompts_per_step: int = 16
@@ -291,10 +298,11 @@ def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.model, args.teacher, args.chat_template)
 
     # --- data ---
-    dataset = data.training_prompts(tokenizer, args)
+    task = Task(args.task, args.grade_timeout, args.instruction, args.system)
+    dataset = data.training_prompts(task, tokenizer, args)
     if args.rollouts:
-        dataset = load_rollouts(tokenizer, dataset, args)
-    eval_prompts = data.evaluation_prompts(tokenizer, args)
+        dataset = load_rollouts(task, tokenizer, dataset, args)
+    eval_prompts = data.evaluation_prompts(task, tokenizer, args)
 
     # --- model ---
     run = Run(__file__, args, tokenizer, dataset)
@@ -307,7 +315,7 @@ def main(args: Args) -> None:
         model.parameters(), betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
     run.restore(model, optimizer)
-    sampler = Sampler(backend, teacher, model, tokenizer, dataset, eval_prompts, run)
+    sampler = Sampler(backend, teacher, model, tokenizer, task, dataset, eval_prompts, run)
 
     # --- loop ---
     with run, sampler:

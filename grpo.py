@@ -1,6 +1,6 @@
-r"""GRPO on verifier outcomes: sparse reward (Stage 1 on the teacher, Stage 3 on the student).
+r"""GRPO on graded rollouts: sparse reward (Stage 1 on the teacher, Stage 3 on the student).
 
-The policy samples G completions of each prompt, the verifier pays R_i in {0, 1}, and with
+The policy samples G completions of each prompt, the task pays R_i in [0, 1], and with
 rho_t = pi(y_t) / pi_old(y_t) and r_t = ref(y_t) / pi(y_t)
 
     A_i = (R_i - mean R) / std R                              over the G completions of a prompt
@@ -43,6 +43,7 @@ from common.rollout import Rollout
 from common.run import Run, check_training, mean, start_training
 from common.sampler import Sampler
 from common.sharding import accumulating, clip_grad_norm, device_of
+from common.task import Task
 from common.vllm_engine import resolve_backend
 
 # === arguments ===
@@ -85,24 +86,30 @@ class Args:
     """add a step's gradients up on the GPU, whole: with --cpu_offload they travel once a step"""
 
     # --- data ---
-    dataset: str = "toy"
-    """toy, a hub id (owner/name:config), or a .jsonl or .parquet file"""
+    task: str = "math"
+    """what is asked and what earns a reward: math, or a .py file (docs/tasks.md)"""
+    grade_timeout: float = 2.0
+    """seconds in which a completion is graded; a later grade counts as none"""
+    dataset: str | None = None
+    """a hub id (owner/name:config), a .jsonl or .parquet file, or one of the task's, as toy"""
     split: Literal["all", "1H", "2H"] = "all"
     """all problems, or one of two fixed halves"""
-    problem_column: str | None = None
-    """the problem's column; default: found by its usual names"""
-    answer_column: str | None = None
-    """the answer's column; default: found by its usual names"""
-    eval_dataset: str = "toy"
-    """what --eval_every evaluates on: toy (held out), a benchmark or a file"""
+    columns: tuple[str, ...] = ()
+    """columns of other names than the task knows: problem=question answer=solution"""
+    eval_dataset: str | None = None
+    """what --eval_every evaluates on: a benchmark or a file; default: the task's first benchmark"""
     decontaminate: tuple[str, ...] | None = None
     """sets whose problems are removed; default: for a hub dataset every benchmark, else none"""
     max_prompt_tokens: int = 128
     """longer prompts are dropped"""
     thinking: bool = False
     """thinking mode of the chat template"""
+    system: str | None = None
+    """a system message before each prompt"""
+    instruction: str | None = None
+    """what is put behind each problem; default: the task's own"""
     chat_template: str | None = None
-    """a model whose chat template is used; default: the model's own"""
+    """a .jinja file, or a model whose chat template is used; default: the model's own"""
 
     # --- rollouts ---
     prompts_per_step: int = 16
@@ -157,12 +164,14 @@ class Args:
     """the ratio is clipped below at 1 - clip_low"""
     clip_high: float = 0.2
     """the ratio is clipped above at 1 + clip_high (DAPO: 0.28)"""
+    overlong_buffer: int = 0
+    """the last tokens before max_new_tokens, in which the reward falls by 1 (DAPO); 0 is off"""
     advantage_norm: Literal["std", "none"] = "std"
     """divide the advantage by the group's standard deviation, or not (Dr. GRPO)"""
     loss_agg: Literal["token", "sequence", "dr_grpo"] = "token"
     """Z: loss tokens; sequences of equal weight; or N * max_new_tokens"""
     dynamic_sampling: bool = False
-    """replace groups whose outcomes all agree (DAPO)"""
+    """replace groups whose grades all agree (DAPO)"""
     max_refills: int = 3
     """how often --dynamic_sampling may draw again"""
     mask_truncated: bool = False
@@ -178,11 +187,17 @@ class Args:
 # === score ===
 
 
+def reward(rollout: Rollout, args: Args) -> float:
+    """What a rollout earns: its grade, in [0, 1]. A length penalty or a bonus goes here."""
+    too_long = len(rollout.completion_ids) - (args.max_new_tokens - args.overlong_buffer)
+    return rollout.verdict.reward - max(0, too_long) / max(1, args.overlong_buffer)
+
+
 def set_advantages(rollouts: list[Rollout], args: Args) -> None:
     """Set each rollout's advantage and loss weight. Groups whose rewards agree get exactly 0."""
-    rewards = torch.tensor([float(rollout.verdict.correct) for rollout in rollouts])
-    rewards = rewards.view(-1, args.group_size)  # [P, G]
-    advantages = rewards - rewards.mean(1, keepdim=True)
+    rewards = torch.tensor([reward(r, args) for r in rollouts]).view(-1, args.group_size)  # [P, G]
+    differ = (rewards != rewards[:, :1]).any(1, keepdim=True)  # the mean of sixteen 0.1 is not 0.1
+    advantages = (rewards - rewards.mean(1, keepdim=True)) * differ
     if args.advantage_norm == "std":
         advantages = advantages / (rewards.std(1, keepdim=True) + 1e-6)
     for rollout, advantage in zip(rollouts, advantages.flatten().tolist(), strict=True):
@@ -202,7 +217,7 @@ def set_logprobs(name: str, model, rollouts: list[Rollout], args: Args) -> None:
 
 
 def draw_groups(sampler: Sampler, step: int, args: Args) -> tuple[list[Rollout], dict[str, float]]:
-    """A step's rollouts, and metrics of them. With --dynamic_sampling, groups whose outcomes all
+    """A step's rollouts, and metrics of them. With --dynamic_sampling, groups whose grades all
     agree are drawn again, up to --max_refills times."""
     rollouts: list[Rollout] = []
     for refill in range(args.max_refills + 1):
@@ -218,10 +233,9 @@ def draw_groups(sampler: Sampler, step: int, args: Args) -> tuple[list[Rollout],
 
 
 def mixed_groups(rollouts: list[Rollout], group_size: int) -> list[Rollout]:
-    """The groups with right and wrong outcomes. Binary outcomes, not shaped rewards, decide."""
+    """The groups whose grades differ. Grades, not shaped rewards, decide."""
     groups = [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
-    mixed = [group for group in groups if len({rollout.verdict.correct for rollout in group}) == 2]
-    return [rollout for group in mixed for rollout in group]
+    return [r for group in groups if len({r.verdict.reward for r in group}) > 1 for r in group]
 
 
 # === loss ===
@@ -246,11 +260,10 @@ def loss_fn(
     old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
-    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages)
     engine_ratio = (old_logprobs - rollout_logprobs).exp()  # trainer / engine: 1 if they agree
     if args.importance_cap > 0:
-        surrogate = surrogate * engine_ratio.clamp(max=args.importance_cap)
-    loss = -surrogate
+        loss = loss * engine_ratio.clamp(max=args.importance_cap)
     metrics = {
         "policy/entropy": entropy.detach().sum(),
         "policy/engine_ratio": engine_ratio.sum(),
@@ -350,11 +363,10 @@ def backward(model, rollouts: list[Rollout], args: Args) -> dict[str, float]:
 
 
 def denominator_of(rollouts: list[Rollout], args: Args) -> float:
-    """Z of one optimizer step, over all ranks."""
+    """Z of one optimizer step, over all ranks: the tokens' weights, or Dr. GRPO's constant."""
     if args.loss_agg == "dr_grpo":
         return float(sum_over_ranks(len(rollouts)) * args.max_new_tokens)
-    kept = [len(rollout.completion_ids) for rollout in rollouts if rollout.weight > 0]
-    return float(max(1, sum_over_ranks(sum(kept) if args.loss_agg == "token" else len(kept))))
+    return sum_over_ranks(sum(r.weight * len(r.completion_ids) for r in rollouts)) or 1.0
 
 
 def with_gradient(rollouts: list[Rollout], args: Args) -> list[Rollout]:
@@ -365,12 +377,10 @@ def with_gradient(rollouts: list[Rollout], args: Args) -> list[Rollout]:
 def per_token(batch: MicroBatch, name: str) -> torch.Tensor | None:
     """A number of each rollout, or a tensor [T] of one for each of its tokens -> one a loss token,
     float32 [N]; None if they have none."""
-    values = [getattr(rollout, name) for rollout in batch.rollouts]
-    if not values or values[0] is None:
+    pairs = [(getattr(rollout, name), len(rollout.completion_ids)) for rollout in batch.rollouts]
+    if not pairs or pairs[0][0] is None:
         return None
-    lengths = [len(rollout.completion_ids) for rollout in batch.rollouts]
-    pairs = zip(values, lengths, strict=True)
-    return torch.cat([torch.as_tensor(v).expand(n).to(batch.tokens.device) for v, n in pairs])
+    return torch.cat([torch.as_tensor(v).expand(n) for v, n in pairs]).to(batch.tokens.device)
 
 
 # === main ===
@@ -387,8 +397,9 @@ def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.model, chat_template=args.chat_template)
 
     # --- data ---
-    dataset = data.training_prompts(tokenizer, args)
-    eval_prompts = data.evaluation_prompts(tokenizer, args)
+    task = Task(args.task, args.grade_timeout, args.instruction, args.system)
+    dataset = data.training_prompts(task, tokenizer, args)
+    eval_prompts = data.evaluation_prompts(task, tokenizer, args)
 
     # --- model ---
     run = Run(__file__, args, tokenizer, dataset)
@@ -400,7 +411,7 @@ def main(args: Args) -> None:
         model.parameters(), betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
     run.restore(model, optimizer)
-    sampler = Sampler(backend, model, model, tokenizer, dataset, eval_prompts, run)
+    sampler = Sampler(backend, model, model, tokenizer, task, dataset, eval_prompts, run)
 
     # --- loop ---
     with run, sampler:

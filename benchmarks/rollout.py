@@ -20,6 +20,7 @@ from common.ranks import resolve_device
 from common.sampler import make_engine
 from common.sharding import DTYPES
 from common.start import start
+from common.task import Task
 from common.torch_engine import TorchEngine
 from common.vllm_engine import resolve_backend
 
@@ -71,7 +72,8 @@ def sleep_and_wake(engine) -> None:
 def main(args: Args) -> None:
     device = resolve_device("auto")
     backend, tokenizer = resolve_backend(args, device), load_tokenizer(args.model)
-    problems = data.load_problems(args.dataset)
+    with Task() as task:
+        problems = data.load_problems(task, args.dataset)
     prompts = data.render_prompts(tokenizer, problems, args)[: args.prompts]
     model = load_model(args.model, args.dtype, device).requires_grad_(True)
     engines = {"torch": TorchEngine(model, tokenizer, DTYPES[args.dtype])}

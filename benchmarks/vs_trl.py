@@ -29,7 +29,7 @@ from common import data, sampler
 from common.input_hashes import ROOT, model_path
 from common.model import load_tokenizer
 from common.start import start
-from common.verifier import Verdict, Verifier
+from common.task import Task, Verdict
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,10 @@ def run_ours(args: Args) -> dict[str, list[float]]:
     case, (policy, teacher) = CASES[args.case], models(args)
     if args.case == "wide":
 
-        def verify(verifier, rollouts) -> None:
+        def verify(task, rollouts) -> None:
             for row in rollouts:
-                row.verdict = Verdict("correct" if coin(row.completion_ids) else "wrong")
+                reward = float(coin(row.completion_ids))
+                row.verdict = Verdict("correct" if reward else "wrong", reward)
 
         sampler.verify = verify
     own = {"kl_coef": 0.0} if args.algorithm == "grpo" else {"teacher": teacher}
@@ -139,19 +140,21 @@ def run_trl(args: Args) -> dict[str, list[float]]:
 
     case, (policy, teacher) = CASES[args.case], models(args)
     tokenizer = load_tokenizer(policy)
-    problems = data.load_problems("toy")[: case.prompts * (args.steps + 1)]
+    task = Task()
+    problems = data.load_problems(task, "toy")[: case.prompts * (args.steps + 1)]
     copies = 1 if args.algorithm == "grpo" else case.group_size
     rows = [
-        {"prompt": data.prompt_text(tokenizer, problem.problem), "answer": problem.answer}
-        for problem in problems
+        {"prompt": data.prompt_text(tokenizer, problem.messages), "number": number}
+        for number, problem in enumerate(problems)
         for _ in range(copies)
     ]
-    dataset, verifier = Dataset.from_list(rows), Verifier()
+    dataset = Dataset.from_list(rows)
 
-    def reward(completions, completion_ids, answer, **_) -> list[float]:
+    def reward(completions, completion_ids, number, **_) -> list[float]:
         if args.case == "wide":
             return [float(coin(list(ids))) for ids in completion_ids]
-        return [float(verdict.correct) for verdict in verifier.grade(completions, list(answer))]
+        verdicts = task.grade(completions, [problems[n] for n in number])
+        return [verdict.reward for verdict in verdicts]
 
     times = {"step": [], "generate": [], "length": []}
     marks = {}
@@ -201,7 +204,7 @@ def run_trl(args: Args) -> dict[str, list[float]]:
         return made
 
     trainer._generate_and_score_completions = timed
-    with verifier:
+    with task:
         trainer.train()
     times["update"] = [a - b for a, b in zip(times["step"], times["generate"], strict=True)]
     return times

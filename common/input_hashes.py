@@ -22,6 +22,9 @@ def inputs_of(args) -> dict[str, str | None]:
     sources = [getattr(args, name, None) for name in ("dataset", "eval_dataset", "rollouts")]
     sources += [*(getattr(args, "decontaminate", None) or ()), *getattr(args, "benchmarks", ())]
     prints = {f"{flag}_fingerprint": of_model(name) for flag, name in models.items() if name}
+    prints["task_fingerprint"] = of_task(args.task)
+    if args.chat_template:
+        prints["chat_template_fingerprint"] = of_source(args.chat_template)
     return prints | {f"{source} fingerprint": of_source(source) for source in sources if source}
 
 
@@ -30,6 +33,19 @@ def model_path(name: str) -> str:
     if not Path(name).exists() and (ROOT / name / "config.json").exists():
         return str(ROOT / name)
     return name
+
+
+def task_path(name: str) -> Path:
+    """The file of a task: `math` is the embedded one."""
+    return ROOT / "common" / "math_task" / "task.py" if name == "math" else Path(name)
+
+
+def of_task(name: str) -> str | None:
+    """Of a user's task file, and of those beside it whose names begin with its name: its data."""
+    path = task_path(name)
+    if name == "math":
+        return None
+    return _of_files(sorted(p for p in path.parent.glob(f"{path.stem}*") if p.is_file()))
 
 
 def of_model(name: str) -> str | None:

@@ -54,22 +54,23 @@ def _load(load, name: str, **kwargs):
 def load_tokenizer(
     name: str, teacher: str | None = None, chat_template: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of `name`; with the chat template of model `chat_template`, if one is given.
+    """The tokenizer of `name`; with the chat template of `chat_template`, a model or a .jinja file,
+    if one is given.
 
     The teacher's, if one is given, must mean the same by every token: distillation compares
     distributions token by token. A base model without a template is trained on its teacher's.
     """
     tokenizer = _load(AutoTokenizer.from_pretrained, name)
     if chat_template is not None:
-        tokenizer.chat_template = _load(AutoTokenizer.from_pretrained, chat_template).chat_template
+        tokenizer.chat_template = _read_template(chat_template)
     theirs = None if teacher is None else _load(AutoTokenizer.from_pretrained, teacher)
     if theirs is not None and tokenizer.chat_template is None:
         print(f"{name} has no chat template: it is trained on that of {teacher}")
         tokenizer.chat_template = theirs.chat_template
     check(
         tokenizer.chat_template is not None,
-        f"{chat_template or name} has no chat template; name a model that has one of the same "
-        "family with --chat_template",
+        f"{chat_template or name} has no chat template; name a .jinja file, or a model of the same "
+        "family that has one, with --chat_template",
     )
     check(tokenizer.eos_token_id is not None, f"the tokenizer of {name} has no EOS token")
     if tokenizer.pad_token_id is None:
@@ -81,9 +82,19 @@ def load_tokenizer(
             f"teacher {teacher} and student {name} have different vocabularies ({differing} tokens "
             "differ); choose two models of one family",
         )
-        if theirs.chat_template and prompt_text(theirs, "1+1") != prompt_text(tokenizer, "1+1"):
+        asked = [{"role": "user", "content": "1+1"}]
+        if theirs.chat_template and prompt_text(theirs, asked) != prompt_text(tokenizer, asked):
             print(f"{name} and {teacher} have different chat templates: prompts are {name}'s")
     return tokenizer
+
+
+def _read_template(source: str) -> str | None:
+    if not source.endswith(".jinja"):
+        return _load(AutoTokenizer.from_pretrained, source).chat_template
+    try:
+        return Path(source).read_text()
+    except OSError as error:
+        raise UserError(f"cannot read --chat_template {source}: {error.strerror}") from error
 
 
 def lacks_chat_template(name: str) -> bool:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from common.data import Problem, Prompt, is_unicode, read_jsonl
+from common.data import Prompt, is_unicode, read_jsonl
 from common.errors import check
 from common.model import end_ids
-from common.ranks import gather, on_first_of_host
-from common.verifier import OUTCOMES, Verdict, Verifier
+from common.ranks import gather, on_first_rank
+from common.task import OUTCOMES, Problem, Task, Verdict
 
 
 @dataclass(eq=False)
@@ -26,8 +26,7 @@ class Rollout:
     logprobs: torch.Tensor  # float32 [len(completion_ids)], at the sampling temperature
     finish: str  # "eos", "length" (max_new_tokens cut it off), or "given" (not sampled here)
     text: str  # the completion, decoded without special tokens
-    problem: str = ""
-    gold: str = ""
+    problem: Problem | None = None
     opens_thought: bool = False  # the prompt ends inside <think>
     key: tuple[int, ...] = ()  # seeds and number of the sample: the same at any number of ranks
     verdict: Verdict | None = None
@@ -38,16 +37,18 @@ class Rollout:
 
     @property
     def identity(self) -> str:
-        return f"{self.prompt_ids}{self.gold}{self.completion_ids}"
+        return f"{self.prompt_ids}{self.problem.identity}{self.completion_ids}"
 
     def row(self) -> dict:
         """What is saved of it: fkl_warmup.py --rollouts reads such rows back."""
         return {
-            "problem": self.problem,
-            "answer": self.gold,
+            "problem": self.problem.text,
+            "answer": self.problem.gold,
             "completion": self.text,
             "outcome": self.verdict.outcome,
+            "reward": self.verdict.reward,
             "extracted": self.verdict.answer,
+            "message": self.verdict.message,
             "finish": self.finish,
             "prompt_ids": self.prompt_ids,
             "completion_ids": self.completion_ids,
@@ -62,33 +63,31 @@ class Rollout:
             torch.zeros(len(row["completion_ids"])),
             row["finish"],
             row["completion"],
-            row["problem"],
-            row["answer"],
-            verdict=Verdict(row["outcome"], row["extracted"]),
+            Problem(row["problem"], row["answer"]),
+            verdict=Verdict(row["outcome"], row["reward"], row["extracted"], row["message"]),
         )
 
 
-def verify(verifier: Verifier, rollouts: list[Rollout]) -> None:
-    """Set their verdicts. The ranks of a machine share one pool of verifier workers. A thought that
-    the prompt has opened and nothing has closed holds no answer."""
-
-    def grade(pairs: list[tuple[str, str]]) -> list[Verdict]:
-        return verifier.grade([text for text, _ in pairs], [gold for _, gold in pairs])
-
+def verify(task: Task, rollouts: list[Rollout]) -> None:
+    """Set their verdicts. A thought that the prompt has opened and nothing has closed holds no
+    answer."""
     texts = ["<think>" * rollout.opens_thought + rollout.text for rollout in rollouts]
-    golds = [rollout.gold for rollout in rollouts]
-    verdicts = on_first_of_host(grade, list(zip(texts, golds, strict=True)))
+    verdicts = task.grade(texts, [rollout.problem for rollout in rollouts])
     for rollout, verdict in zip(rollouts, verdicts, strict=True):
         rollout.verdict = verdict
 
 
 def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
-    """Accuracy, mean length in tokens, share cut off, and the share of each verdict, of all
-    ranks."""
-    ends = [(r.verdict.outcome, len(r.completion_ids), r.finish == "length") for r in rollouts]
-    outcomes, lengths, truncated = zip(*gather(ends), strict=True)
+    """Accuracy, mean reward, mean length in tokens, share cut off, and the share of each verdict,
+    of all ranks."""
+    ends = [
+        (r.verdict.outcome, r.verdict.reward, len(r.completion_ids), r.finish == "length")
+        for r in rollouts
+    ]
+    outcomes, rewards, lengths, truncated = zip(*gather(ends), strict=True)
     return {
         "rollout/accuracy": outcomes.count("correct") / len(outcomes),
+        "rollout/reward": statistics.fmean(rewards),
         "rollout/length": statistics.fmean(lengths),
         "rollout/truncated": statistics.fmean(truncated),
     } | {
@@ -98,7 +97,7 @@ def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
     }
 
 
-def load_rollouts(tokenizer, prompts: list[Prompt], args) -> list[Rollout]:
+def load_rollouts(task: Task, tokenizer, prompts: list[Prompt], args) -> list[Rollout]:
     """Completions of the given prompts from --rollouts, a .jsonl file with problem and completion.
 
     Rows of other problems (another split, an evaluation set) and completions over --max_new_tokens
@@ -108,15 +107,18 @@ def load_rollouts(tokenizer, prompts: list[Prompt], args) -> list[Rollout]:
     ends = end_ids(tokenizer)
     rows, rollouts, too_long = read_jsonl(Path(args.rollouts)), [], 0
     for number, row in enumerate(rows, 1):
-        where = f"{args.rollouts}, row {number}"
         texts = isinstance(row.get("problem"), str) and isinstance(row.get("completion"), str)
+        where = f"{args.rollouts}, row {number}"
         check(texts, f"{where}: needs text columns problem and completion")
+    keys = on_first_rank(lambda: task.keys([row["problem"] for row in rows]))
+    for number, (row, key) in enumerate(zip(rows, keys, strict=True), 1):
+        where = f"{args.rollouts}, row {number}"
         ids = _completion_ids(row, tokenizer, ends, where)
-        prompt = prompt_of.get(Problem(row["problem"], "").key)
+        prompt = prompt_of.get(key)
         too_long += len(ids) > args.max_new_tokens
         if prompt is not None and len(ids) <= args.max_new_tokens:
             rollout = Rollout(prompt.ids, ids, torch.zeros(len(ids)), "given", row["completion"])
-            rollout.problem, rollout.gold = prompt.problem.problem, prompt.problem.answer
+            rollout.problem = prompt.problem
             rollout.opens_thought = prompt.opens_thought
             rollouts.append(rollout)
     counts = (

@@ -10,8 +10,8 @@ from common.ranks import num_ranks, rank, share_of
 from common.rollout import Rollout, rollout_metrics, verify
 from common.run import Progress, Run
 from common.sharding import DTYPES
+from common.task import Task
 from common.torch_engine import TorchEngine
-from common.verifier import Verifier
 from common.vllm_engine import VLLMEngine
 
 
@@ -24,11 +24,18 @@ class Sampler:
     """
 
     def __init__(
-        self, backend: str, sampled, trained, tokenizer, dataset: list, eval_prompts: list, run: Run
+        self,
+        backend: str,
+        sampled,
+        trained,
+        tokenizer,
+        task: Task,
+        dataset: list,
+        eval_prompts: list,
+        run: Run,
     ):
-        self.args, self.run, self.eval_prompts = run.args, run, eval_prompts
+        self.args, self.run, self.task, self.eval_prompts = run.args, run, task, eval_prompts
         self.stream = Stream(dataset, run.args.seed)
-        self.verifier = Verifier()
         self.gives = isinstance(dataset[0], Rollout)
         self.engine = self.eval_engine = TorchEngine(trained, tokenizer, DTYPES[run.args.dtype])
         if not self.gives:
@@ -37,11 +44,10 @@ class Sampler:
             self.eval_engine = self.engine
 
     def __enter__(self) -> "Sampler":
-        self.verifier.__enter__()
         return self
 
     def __exit__(self, *exc) -> None:
-        self.verifier.__exit__(*exc)
+        self.task.pool.close()
 
     def draw(self, num_prompts: int, seed: Sequence[int]) -> list[Rollout]:
         """--group_size graded completions of each of the next prompts; of several ranks this one's
@@ -51,11 +57,11 @@ class Sampler:
             rows = self.stream.take(progress, num_prompts * group_size)
             first, rows = share_of(rows, rank(), num_ranks())
             rollouts = [replace(row, key=(*seed, first + n)) for n, row in enumerate(rows)]
-            verify(self.verifier, rollouts)
+            verify(self.task, rollouts)
         else:
             prompts = self.stream.take(progress, num_prompts)
             rollouts = sample_and_verify(
-                self.engine, self.verifier, prompts, group_size, self.args, seed
+                self.engine, self.task, prompts, group_size, self.args, seed
             )
             flops.count_sampling(self.engine.model, rollouts, group_size)
         self.run.add_drawn(rollouts)
@@ -70,14 +76,15 @@ class Sampler:
         return self.eval_engine.sync()
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """avg@1 on --eval_dataset, every --eval_every steps and after the last."""
+        """Accuracy and reward on --eval_dataset, every --eval_every steps and after the last."""
         if not self.eval_prompts or (step % self.args.eval_every and step < self.args.num_steps):
             return {}
         self.run.phase("evaluate")
         rollouts = sample_and_verify(
-            self.eval_engine, self.verifier, self.eval_prompts, 1, self.args, (self.args.seed, 0)
+            self.eval_engine, self.task, self.eval_prompts, 1, self.args, (self.args.seed, 0)
         )
-        return {"eval/accuracy": rollout_metrics(rollouts)["rollout/accuracy"]}
+        metrics = rollout_metrics(rollouts)
+        return {f"eval/{name}": metrics[f"rollout/{name}"] for name in ("accuracy", "reward")}
 
 
 class Stream:
@@ -110,7 +117,7 @@ def make_engine(
 
 def sample_and_verify(
     engine: TorchEngine | VLLMEngine,
-    verifier: Verifier,
+    task: Task,
     prompts: list[Prompt],
     group_size: int,
     args,
@@ -134,9 +141,8 @@ def sample_and_verify(
     begin, prompts = share_of(prompts, rank() % shared, shared)
     rollouts = rollouts[begin * group_size : (begin + len(prompts)) * group_size]
     for n, rollout in enumerate(rollouts):
-        problem = prompts[n // group_size].problem
-        rollout.problem, rollout.gold = problem.problem, problem.answer
+        rollout.problem = prompts[n // group_size].problem
         rollout.opens_thought = prompts[n // group_size].opens_thought
         rollout.key = (*seed, (first + begin) * group_size + n)
-    verify(verifier, rollouts)
+    verify(task, rollouts)
     return rollouts

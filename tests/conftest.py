@@ -6,12 +6,14 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from common.data import Problem, Prompt
+from common.data import Prompt
 from common.input_hashes import ROOT
+from common.math_task import task as math_task
 from common.model import load_tokenizer
 from common.rollout import Rollout
+from common.task import Problem, Task, Verdict
+from common.task_worker import identify
 from common.torch_engine import TorchEngine
-from common.verifier import Verdict
 
 SEED = 20260512
 SAMPLED = {"max_new_tokens": 12, "temperature": 1.0}
@@ -35,6 +37,16 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def tokenizer():
     return load_tokenizer("toy/student")
+
+
+@pytest.fixture(scope="session")
+def task():
+    with Task() as task:
+        yield task
+
+
+def grade(task: Task, completions: list[str], golds: list[str]) -> list[Verdict]:
+    return task.grade(completions, [problem_of("p", gold) for gold in golds])
 
 
 def tiny_model(tokenizer, seed: int = 0, **changes) -> Qwen3ForCausalLM:
@@ -74,12 +86,21 @@ def rollouts(model, tokenizer) -> list[Rollout]:
     sampled = generate(engine, prompts_of_many_lengths(tokenizer), 4, **SAMPLED)
     for n, rollout in enumerate(sampled):
         right = n % 4 < n // 4 < 4  # 0, 1, 2, 3 and 0 right in the five groups
-        rollout.verdict = Verdict("correct" if right else "wrong")
+        rollout.verdict = Verdict("correct", 1.0) if right else Verdict("wrong")
+        rollout.problem = problem_of("p", "1")
     return sampled
 
 
+def problem_of(text: str, gold: str) -> Problem:
+    """As the math task makes it."""
+    messages = ({"role": "user", "content": f"{text}\n{math_task.instruction}"},)
+    return Problem(
+        text, gold, identify(math_task, text), messages, {"problem": text, "answer": gold}, "row 1"
+    )
+
+
 def prompt_of(problem: str, ids: list[int], answer: str = "1") -> Prompt:
-    return Prompt(Problem(problem, answer), ids)
+    return Prompt(problem_of(problem, answer), ids)
 
 
 def gradients(model) -> dict[str, torch.Tensor]:

@@ -6,10 +6,12 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+from conftest import problem_of
 
 from common import data
 from common.errors import UserError
 from common.input_hashes import ROOT, inputs_of
+from common.math_task.task import instruction, key
 
 
 def write(path, rows) -> str:
@@ -18,7 +20,11 @@ def write(path, rows) -> str:
 
 
 class Args:
-    max_prompt_tokens, thinking = 128, False
+    max_prompt_tokens, thinking, system, instruction = 128, False, None, None
+
+
+def pairs(problems: list) -> list[tuple[str, str]]:
+    return [(problem.text, problem.gold) for problem in problems]
 
 
 @pytest.mark.parametrize(
@@ -35,23 +41,30 @@ class Args:
         {"problem": "1+1", "answer": r"so it is \boxed 2."},
     ],
 )
-def test_the_columns_of_the_real_datasets_are_found(tmp_path, row):
-    assert data.load_problems(write(tmp_path / "d.jsonl", [row])) == [data.Problem("1+1", "2")]
+def test_the_columns_of_the_real_datasets_are_found(task, tmp_path, row):
+    path = write(tmp_path / "d.jsonl", [row])
+    assert pairs(data.load_problems(task, path)) == [("1+1", "2")]
 
 
-def test_columns_by_name(tmp_path):
+def test_columns_by_name(task, tmp_path):
     path = write(tmp_path / "d.jsonl", [{"a": "1+1", "b": {"c": "2"}}])
-    assert data.load_problems(path, "a", "b.c") == [data.Problem("1+1", "2")]
+    renamed = ["problem=a", "answer=b.c"]
+    assert pairs(data.load_problems(task, path, renamed)) == [("1+1", "2")]
+    for bad in ("problem", "problem=", "solution=a"):
+        with pytest.raises(UserError, match=bad):
+            data.load_problems(task, path, [bad, "answer=b.c"])
+    with pytest.raises(UserError, match="no column nothing, only a, b"):
+        data.load_problems(task, path, ["problem=nothing", "answer=b.c"])
 
 
-def test_parquet(tmp_path):
+def test_parquet(task, tmp_path):
     import pyarrow
     import pyarrow.parquet
 
     path = tmp_path / "d.parquet"
     rows = [{"problem": "1+1", "reward_model": {"ground_truth": "2"}}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    assert data.load_problems(str(path)) == [data.Problem("1+1", "2")]
+    assert pairs(data.load_problems(task, str(path))) == [("1+1", "2")]
 
 
 @pytest.mark.parametrize(
@@ -62,31 +75,37 @@ def test_parquet(tmp_path):
         ('{"problem": "1+1"}\n', "no column answer or solution"),
         ('{"problem": "a", "answer": "1"}\n{"problem": \n', "line 2: not JSON"),
         ("[1]\n", "line 1: not a JSON object"),
-        ('{"problem": "a", "answer": "1"}\n{"problem": "b", "answer": null}\n', "row 2: no answer"),
-        ('{"problem": "a", "answer": "1"}\n{"problem": "", "answer": "1"}\n', "row 2, .*: no text"),
-        ('{"problem": "a", "answer": "work ####"}\n', "row 1: no answer in column answer"),
-        ('{"problem": ["a", "b"], "answer": "1"}\n', "row 1, column problem: a list of chat"),
+        (
+            '{"problem": "a", "answer": "1"}\n{"problem": "b", "answer": null}\n',
+            "row 2: .* no answer",
+        ),
+        ('{"problem": "a", "answer": "1"}\n{"problem": "", "answer": "1"}\n', "row 2: .* no text"),
+        (
+            '{"problem": "a", "answer": "work ####"}\n',
+            "row 1: task math: .* no answer",
+        ),
+        ('{"problem": ["a", "b"], "answer": "1"}\n', "row 1: .*: a list of chat"),
         ('{"problem": [{"content": "a"}], "answer": "1"}\n', "must have role and content"),
         ('{"problem": [{"role": "system", "content": "a"}], "answer": "1"}\n', "no text"),
         ('{"problem": [{"role": "user", "content": ["a"]}], "answer": "1"}\n', "no text"),
-        ('{"problem": "a \\ud800", "answer": "1"}\n', "row 1: half a surrogate pair in column pro"),
-        ('{"problem": "a", "answer": "\\udfff"}\n', "half a surrogate pair in column answer"),
+        ('{"problem": "a \\ud800", "answer": "1"}\n', "row 1: half a surrogate pair"),
+        ('{"problem": "a", "answer": "\\udfff"}\n', "row 1: half a surrogate pair"),
     ],
 )
-def test_bad_files_are_named_with_their_line(tmp_path, content, message):
+def test_bad_files_are_named_with_their_line(task, tmp_path, content, message):
     path = tmp_path / "d.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match=message):
-        data.load_problems(str(path))
+        data.load_problems(task, str(path))
 
 
 @pytest.mark.parametrize("source", ["no/such/file.jsonl", "no/file.parquet", "mathh500"])
-def test_unknown_sources(source):
+def test_unknown_sources(task, source):
     with pytest.raises(UserError, match="does not exist|unknown dataset"):
-        data.load_problems(source)
+        data.load_problems(task, source)
 
 
-def test_duplicates_conflicts_and_contamination(tmp_path, capsys):
+def test_duplicates_conflicts_and_contamination(task, tmp_path, capsys):
     rows = [
         {"problem": "a", "answer": "1"},
         {"problem": " a\n", "answer": "1"},  # the same up to white space
@@ -97,15 +116,15 @@ def test_duplicates_conflicts_and_contamination(tmp_path, capsys):
     ]
     training = write(tmp_path / "train.jsonl", rows)
     held_out = write(tmp_path / "test.jsonl", [{"problem": "c  ", "answer": "3"}])
-    kept = data.load_training_problems(training, "all", [held_out])
-    assert kept == [data.Problem("a", "1"), data.Problem("d", "4")]
+    kept = data.load_training_problems(task, training, "all", [held_out])
+    assert pairs(kept) == [("a", "1"), ("d", "4")]
     printed = capsys.readouterr().out
     counts = (
         "2 duplicates merged, 1 with conflicting answers, 1 of the evaluation sets and 0 with 13"
     )
     assert counts in printed
     with pytest.raises(UserError, match="no problem of .* is left"):
-        data.load_training_problems(held_out, "all", [held_out])
+        data.load_training_problems(task, held_out, "all", [held_out])
 
 
 @pytest.mark.parametrize(
@@ -124,11 +143,10 @@ def test_duplicates_conflicts_and_contamination(tmp_path, capsys):
     ],
 )
 def test_problems_are_the_same_by_letters_numbers_and_operators(one, other, same):
-    keys = [data.Problem(text, "1").key for text in (one, other)]
-    assert (keys[0] == keys[1]) == same
+    assert (key(one) == key(other)) == same
 
 
-def test_thirteen_words_of_a_benchmark_are_contamination(tmp_path, capsys):
+def test_thirteen_words_of_a_benchmark_are_contamination(task, tmp_path, capsys):
     words = [f"word{i}" for i in range(40)]
     rows = [
         {"problem": " ".join(["Other", *words[5:18], "end"]), "answer": "1"},  # 13 of them
@@ -136,37 +154,40 @@ def test_thirteen_words_of_a_benchmark_are_contamination(tmp_path, capsys):
         {"problem": " ".join(["And", *words[0:12], *words[13:25]]), "answer": "1"},
     ]
     held_out = write(tmp_path / "test.jsonl", [{"problem": " ".join(words).upper(), "answer": "1"}])
-    kept = data.load_training_problems(write(tmp_path / "d.jsonl", rows), "all", [held_out])
-    assert [problem.problem for problem in kept] == [row["problem"] for row in rows[1:]]
+    kept = data.load_training_problems(task, write(tmp_path / "d.jsonl", rows), "all", [held_out])
+    assert [problem.text for problem in kept] == [row["problem"] for row in rows[1:]]
     assert "0 of the evaluation sets and 1 with 13 words in a row" in capsys.readouterr().out
 
 
-def test_halves_are_fixed_by_the_text_alone(tmp_path):
+def test_halves_are_fixed_by_the_text_alone(task, tmp_path):
     rows = [{"problem": f"p{i}", "answer": "1"} for i in range(400)]
     path = write(tmp_path / "d.jsonl", rows)
     shuffled = write(tmp_path / "s.jsonl", rows[::-1][:300])
-    first, second, every = (data.load_training_problems(path, s, []) for s in ("1H", "2H", "all"))
-    assert sorted(p.problem for p in first + second) == sorted(p.problem for p in every)
+    first, second, every = (
+        data.load_training_problems(task, path, s, []) for s in ("1H", "2H", "all")
+    )
+    assert sorted(p.text for p in first + second) == sorted(p.text for p in every)
     assert 150 < len(first) < 250
-    assert set(data.load_training_problems(shuffled, "1H", [])) < set(first)
+    again = data.load_training_problems(task, shuffled, "1H", [])
+    assert set(pairs(again)) < set(pairs(first))
 
 
-def test_the_toys_halves_do_not_meet_each_other_or_the_test_set():
-    sets = [set(data.load_training_problems("toy", split, [])) for split in ("1H", "2H")]
-    sets.append(set(data.load_evaluation_problems("toy")))
+def test_the_toys_halves_do_not_meet_each_other_or_the_test_set(task):
+    halves = [data.load_training_problems(task, "toy", split, []) for split in ("1H", "2H")]
+    sets = [set(pairs(rows)) for rows in (*halves, data.load_evaluation_problems(task, "toy"))]
     assert sum(map(len, sets)) == len(set.union(*sets)) == 1024 + 512
 
 
 def test_prompts_go_through_the_chat_template_once(tokenizer):
-    prompt = data.render_prompts(tokenizer, [data.Problem("12+34", "46")], Args)[0]
+    prompt = data.render_prompts(tokenizer, [problem_of("12+34", "46")], Args)[0]
     assert tokenizer.decode(prompt.ids) == (
-        f"<|im_start|>user\n12+34\n{data.INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"
+        f"<|im_start|>user\n12+34\n{instruction}<|im_end|>\n<|im_start|>assistant\n"
     )
     assert prompt.ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 2
 
 
 def test_long_prompts_are_dropped_and_counted(tokenizer, capsys):
-    problems = [data.Problem("1+1", "2"), data.Problem("1+" * 100 + "1", "101")]
+    problems = [problem_of("1+1", "2"), problem_of("1+" * 100 + "1", "101")]
 
     class Short(Args):
         max_prompt_tokens = 30
@@ -178,8 +199,8 @@ def test_long_prompts_are_dropped_and_counted(tokenizer, capsys):
 
 
 def test_fingerprint_changes_with_the_data(tokenizer):
-    prompts = data.render_prompts(tokenizer, [data.Problem("1+1", "2")], Args)
-    other = data.render_prompts(tokenizer, [data.Problem("1+1", "3")], Args)
+    prompts = data.render_prompts(tokenizer, [problem_of("1+1", "2")], Args)
+    other = data.render_prompts(tokenizer, [problem_of("1+1", "3")], Args)
     before = data.fingerprint(tokenizer, prompts, Args)
     assert data.fingerprint(tokenizer, prompts, Args) == before
     assert data.fingerprint(tokenizer, other, Args) != before
@@ -193,7 +214,7 @@ def templated(tokenizer, template: str):
 
 def test_fingerprint_goes_by_what_the_template_writes(tokenizer):
     """A template may write today's date: the same prompts a day later are others."""
-    problems, prints = [data.Problem("1+1", "2")], []
+    problems, prints = [problem_of("1+1", "2")], []
     for date in ("24 Nov 2026", "25 Nov 2026"):
         dated = templated(tokenizer, date + tokenizer.chat_template)
         prompts = data.render_prompts(dated, problems, Args)
@@ -208,6 +229,7 @@ def test_fingerprints_of_models_and_files(tmp_path):
     shutil.copytree(ROOT / "toy" / "student", model)
     rows.write_text("{}")
     args = SimpleNamespace(model=str(model), teacher="owner/name", dataset=str(rows))
+    args.task, args.chat_template = "math", None
     before = inputs_of(args)
     assert before["teacher_fingerprint"] is None  # nothing of it is on this machine
     assert inputs_of(args) == before
@@ -242,7 +264,7 @@ def test_thoughts_that_the_template_opens(tokenizer, capsys, ending, thinking, o
 
     Thinking.thinking = thinking
     changed = templated(tokenizer, tokenizer.chat_template + ending)
-    problems = [data.Problem("What does <think> mean?", "2")]
+    problems = [problem_of("What does <think> mean?", "2")]
     assert data.render_prompts(changed, problems, Thinking)[0].opens_thought == opens
     printed = capsys.readouterr().out
     assert told in printed

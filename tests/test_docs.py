@@ -75,7 +75,7 @@ def test_links_to_code_point_at_the_name_that_they_show(page):
 
 def test_flags_exist():
     known = set(FOREIGN_FLAGS)
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/**/*.py")]:
         if path.parent.name != "tests":
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.ClassDef) and node.name == "Args":

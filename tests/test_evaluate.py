@@ -7,30 +7,25 @@ from itertools import combinations, product
 
 import numpy as np
 import pytest
-from conftest import SEED, prompt_of, prompts_of_many_lengths
+from conftest import SEED, grade, problem_of, prompt_of, prompts_of_many_lengths
 from scipy.stats import binomtest
 
 import evaluate
 from common.errors import UserError
 from common.rollout import Rollout
+from common.samples_page import samples_page
 from common.statistics import difference_interval, interval, pass_at
+from common.task import Task, Verdict
 from common.torch_engine import TorchEngine
-from common.verifier import Verdict, Verifier
-from evaluate import majority_votes, paired_difference, sample_benchmark, samples_page, summarise
+from evaluate import majority_votes, paired_difference, sample_benchmark, summarise
 
 
-@pytest.fixture(scope="module")
-def verifier():
-    with Verifier() as pool:
-        yield pool
-
-
-def graded(answers: list[str | None], gold: str, verifier) -> list[Rollout]:
+def graded(answers: list[str | None], gold: str, task) -> list[Rollout]:
     """Rollouts that gave these answers."""
     texts = ["no answer" if a is None else rf"\boxed{{{a}}}" for a in answers]
-    verdicts = verifier.grade(texts, [gold] * len(texts))
+    verdicts = grade(task, texts, [gold] * len(texts))
     return [
-        Rollout([1], [2], None, "eos", text, "problem", gold, verdict=verdict)
+        Rollout([1], [2], None, "eos", text, problem_of("problem", gold), verdict=verdict)
         for text, verdict in zip(texts, verdicts, strict=True)
     ]
 
@@ -115,16 +110,16 @@ def test_difference_interval_covers_the_truth(p, shift):
     assert covered / count >= 0.93
 
 
-def test_majority_is_the_enumeration_of_random_ties(verifier):
+def test_majority_is_the_enumeration_of_random_ties(task):
     """Every way in which three samples can be right (4), give one of two wrong answers, or none."""
     for answers in product(["4", "7", "9", None], repeat=3):
         votes = {a: answers.count(a) for a in answers if a is not None}
         winners = [a for a in votes if votes[a] == max(votes.values())]
         expected = winners.count("4") / len(winners) if winners else 0.0
-        assert majority_votes(verifier, graded(list(answers), "4", verifier), 3) == [expected]
+        assert majority_votes(task, graded(list(answers), "4", task), 3) == [expected]
 
 
-def test_votes_of_equal_answers_are_one_candidate(verifier):
+def test_votes_of_equal_answers_are_one_candidate(task):
     groups = [
         ["3", "1/2", "0.5", "7"],  # 2 votes for a half beat the right answer
         ["1/2", "0.5", "7", "7"],  # gold 1/2: both forms are right; a tie with 7
@@ -133,32 +128,75 @@ def test_votes_of_equal_answers_are_one_candidate(verifier):
         ["7", "8", "9", None],
     ]
     golds = ["3", "1/2", "3", "3", "3"]
-    rows = [graded(group, gold, verifier) for group, gold in zip(groups, golds, strict=True)]
-    votes = majority_votes(verifier, [rollout for group in rows for rollout in group], 4)
+    rows = [graded(group, gold, task) for group, gold in zip(groups, golds, strict=True)]
+    votes = majority_votes(task, [rollout for group in rows for rollout in group], 4)
     assert votes == [0.0, 0.5, 0.5, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("answers", [["8+4", "12", "12"], ["12", "8+4", "12"]])
-def test_an_undone_sum_is_a_candidate_of_its_own_in_any_order(verifier, answers):
-    verdicts = [Verdict("wrong", answer) for answer in answers] + [Verdict("correct", "3")] * 2
+def test_an_undone_sum_is_a_candidate_of_its_own_in_any_order(task, answers):
+    verdicts = [Verdict("wrong", 0.0, answer) for answer in answers] + [
+        Verdict("correct", 1.0, "3")
+    ] * 2
     rollouts = [Rollout([1], [2], None, "eos", "", verdict=verdict) for verdict in verdicts]
-    assert majority_votes(verifier, rollouts, 5) == [0.5]  # 12 twice and 3 twice
+    assert majority_votes(task, rollouts, 5) == [0.5]  # 12 twice and 3 twice
 
 
-def test_votes_of_hostile_answers(verifier):
+def test_votes_of_hostile_answers(task):
     """Wrong answers are compared with each other: each is the other's gold answer."""
     answers = ["3" * 40, r"\frac{1}{2}", r"\text{" + " " * 1980 + "(", "9^{9^{9^9}}", "1" * 3000]
-    rollouts = graded([*answers, "4", "4", "4"], "4", verifier)
-    assert majority_votes(verifier, rollouts, 8) == [1.0]
+    rollouts = graded([*answers, "4", "4", "4"], "4", task)
+    assert majority_votes(task, rollouts, 8) == [1.0]
 
 
-def test_an_answer_that_cannot_be_compared_stands_by_its_text(verifier):
+def test_an_answer_that_cannot_be_compared_stands_by_its_text(task):
     """It is not sent to the workers again, where it would cost its deadline once a pair."""
     answers = ["9^{9^{9^9}}", "9^{9^{9^9}}", "3", None]
-    verdicts = [Verdict("timeout", a) if "9" in str(a) else Verdict("correct", a) for a in answers]
+    verdicts = [
+        Verdict("timeout", 0.0, a) if "9" in str(a) else Verdict("correct", 1.0, a) for a in answers
+    ]
     verdicts[3] = Verdict("no_answer")
     rollouts = [Rollout([1], [2], None, "eos", "", verdict=verdict) for verdict in verdicts]
-    assert majority_votes(verifier, rollouts, 4) == [0.0]
+    assert majority_votes(task, rollouts, 4) == [0.0]
+
+
+OWN_TASK = """
+def prompt(row): return row["problem"]
+def grade(completion, row): return 0.5
+"""
+
+
+def voters(answers: list[tuple[str, float]]) -> list[Rollout]:
+    verdicts = [Verdict("correct" if r == 1 else "partial", r, answer) for answer, r in answers]
+    return [Rollout([1], [2], None, "eos", "", verdict=verdict) for verdict in verdicts]
+
+
+def test_votes_of_a_task_with_partial_rewards(tmp_path):
+    """The winner's reward. Right answers of different texts are no one candidate: a vote cannot
+    know that they are right. Without answers there is no vote."""
+    path = tmp_path / "own.py"
+    path.write_text(OWN_TASK)
+    with Task(str(path)) as task:
+        assert majority_votes(task, voters([("a", 0.5), ("b", 1.0)]), 2) is None
+    path.write_text(OWN_TASK + "def answer(completion): return completion\n")
+    with Task(str(path)) as task:
+        rollouts = voters([("a", 0.5), ("a", 0.5), ("b", 1.0), ("c", 1.0)])
+        rollouts += voters([("a", 0.5), ("b", 1.0), ("b", 1.0), ("a", 0.5)])
+        assert majority_votes(task, rollouts, 4) == [0.5, 0.75]
+
+
+def test_summary_of_partial_rewards():
+    rollouts = voters([("a", 0.5), ("b", 1.0), ("c", 0.25), ("d", 0.25)])
+    for rollout in rollouts:
+        rollout.problem = problem_of("p", "1")
+    result = summarise(rollouts, None, 2, 0.5)
+    assert result["accuracy"] == 0.5
+    assert result["averages"] == [0.75, 0.25]
+    assert result["rollout/accuracy"] == 0.25  # the share of full rewards
+    assert result["pass_counts"] == [2, 0]
+    assert result["pass_at"][1] == 0.5
+    assert result["majority"] is None
+    assert list(paired_difference(result, result)) == ["avg@2"]
 
 
 def test_paired_difference_is_narrower_than_two_intervals():
@@ -169,7 +207,7 @@ def test_paired_difference_is_narrower_than_two_intervals():
     a, b = (
         {
             "num_samples": 16,
-            "correct_counts": c.tolist(),
+            "averages": (c / 16).tolist(),
             "majority_votes": (1.0 * (c > 8)).tolist(),
         }
         for c in counts
@@ -198,19 +236,17 @@ class CutEngine(TorchEngine):
 
 
 @pytest.mark.parametrize("torn", ["", '{"problem": "1+1", "answ', "\0" * 40])
-def test_a_run_that_was_cut_off_goes_on_where_it_stopped(
-    model, tokenizer, verifier, tmp_path, torn
-):
+def test_a_run_that_was_cut_off_goes_on_where_it_stopped(model, tokenizer, task, tmp_path, torn):
     prompts = [
         prompt_of(f"p{i}", ids) for i, ids in enumerate(prompts_of_many_lengths(tokenizer, 9))
     ]
     args = evaluate.Args(num_samples=2, max_new_tokens=6)
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     engine = TorchEngine(model, tokenizer, batch_size=4)
-    expected = sample_benchmark(engine, verifier, prompts, args, (1, 0), whole)
+    expected = sample_benchmark(engine, task, prompts, args, (1, 0), whole)
     with pytest.raises(Cut):
         sample_benchmark(
-            CutEngine(model, tokenizer, batch_size=4), verifier, prompts, args, (1, 0), cut
+            CutEngine(model, tokenizer, batch_size=4), task, prompts, args, (1, 0), cut
         )
     kept = cut.read_text()
     assert kept.count("\n") == 8
@@ -218,11 +254,11 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(
     cut.write_text(kept + torn)
     engine = CutEngine(model, tokenizer, batch_size=4)
     engine.calls = 3  # the batches that are left
-    resumed = sample_benchmark(engine, verifier, prompts, args, (1, 0), cut)
+    resumed = sample_benchmark(engine, task, prompts, args, (1, 0), cut)
     assert engine.calls == 6
     assert cut.read_bytes() == whole.read_bytes()
     assert [r.row() for r in resumed] == [r.row() for r in expected]
-    sample_benchmark(engine, verifier, prompts, args, (1, 0), cut)
+    sample_benchmark(engine, task, prompts, args, (1, 0), cut)
     assert engine.calls == 6  # nothing is left to sample
 
 
@@ -238,14 +274,14 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_shows_completions_and_runs_none_of_them(verifier):
+def test_the_page_shows_completions_and_runs_none_of_them(task):
     hostile = [
         "</pre><script>alert(1)</script>",
         '"><img src=x onerror=alert(1)>',
         "5 < 6 &amp; 7",
         "4",
     ]
-    rollouts = graded(hostile, "4", verifier)
+    rollouts = graded(hostile, "4", task)
     page = Page()
     page.feed(samples_page("<b>model</b>", {"<i>name</i>": rollouts}, 2))
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "img", "b", "i", "link", "iframe"})
@@ -264,15 +300,16 @@ def test_compare_wants_the_same_problems(tmp_path, capsys):
         counts = [rng.randrange(5) for _ in problems]
         results[name] = {"num_samples": 4, "num_problems": 2, "problems": problems}
         results[name] |= {"golds": ["1", "2"]}
-        results[name] |= {"correct_counts": counts, "majority_votes": [0.0, 1.0]}
+        averages = [count / 4 for count in counts]
+        results[name] |= {"averages": averages, "majority_votes": [0.0, 1.0]}
         (tmp_path / name).mkdir()
         settings = {"temperature": 0.7 if name == "b" else 1.0, "seed": 0}
         text = json.dumps({"args": settings, "benchmarks": {"toy": results[name]}})
         (tmp_path / name / "results.json").write_text(text)
     evaluate.main(evaluate.Args(compare=(str(tmp_path / "a"), str(tmp_path / "b"))))
-    expected = sum(results["a"]["correct_counts"]) - sum(results["b"]["correct_counts"])
+    expected = sum(results["a"]["averages"]) - sum(results["b"]["averages"])
     printed = capsys.readouterr().out
-    assert f"= {100 * expected / 8:+.1f} points" in printed
+    assert f"= {100 * expected / 2:+.1f} points" in printed
     assert "differ in more than the model: temperature (1.0, 0.7)\n" in printed
     fewer = {"args": {}, "benchmarks": {"toy": results["b"] | {"num_samples": 2}}}
     golds = {"args": {}, "benchmarks": {"toy": results["b"] | {"golds": ["1", "3"]}}}
@@ -314,8 +351,10 @@ def test_summary():
     rollouts = []
     for n, outcome in enumerate(outcomes):
         finish = "length" if outcome == "no_answer" else "eos"
-        rollouts.append(Rollout([1], [2] * (n + 1), None, finish, "", verdict=Verdict(outcome)))
-    result = summarise(rollouts, [1.0, 0.5], 4)
+        verdict = Verdict(outcome, float(outcome == "correct"))
+        problem = problem_of("p", "1")
+        rollouts.append(Rollout([1], [2] * (n + 1), None, finish, "", problem, verdict=verdict))
+    result = summarise(rollouts, [1.0, 0.5], 4, 1.0)
     assert result["accuracy"] == 0.5
     assert result["pass_at"][1] == 0.5
     assert result["pass_at"][2] == pytest.approx((1.0 + 0.5) / 2)
@@ -324,7 +363,7 @@ def test_summary():
     assert result["rollout/wrong"] == 2 / 8
     assert result["rollout/timeout"] == 1 / 8
     assert result["generated_tokens"] == 36
-    assert result["correct_counts"] == [3, 1]
+    assert result["pass_counts"] == [3, 1]
     assert result["majority"] == 0.75
     low, high = result["accuracy_interval"]
     assert 0 <= low < 0.25 < 0.75 < high <= 1  # two problems say little

@@ -11,6 +11,8 @@ import grpo
 import opd
 from common.lm_head import head_backward
 from common.logprob import kl_divergence, token_logprobs
+from common.rollout import Rollout
+from common.task import Verdict
 
 N, V = 7, 11
 
@@ -123,13 +125,40 @@ def test_advantages(rollouts, norm):
     grpo.set_advantages(rollouts, args)
     for first in range(0, 20, 4):
         group = rollouts[first : first + 4]
-        rewards = [float(rollout.verdict.correct) for rollout in group]
+        rewards = [rollout.verdict.reward for rollout in group]
         mean = sum(rewards) / 4
         deviation = math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / 3)
         for rollout, reward in zip(group, rewards, strict=True):
             scale = deviation + 1e-6 if norm == "std" else 1.0
             assert rollout.advantage == pytest.approx((reward - mean) / scale, rel=1e-5)
     assert [rollout.advantage for rollout in rollouts[:4]] == [0.0] * 4
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3])
+def test_groups_of_equal_partial_rewards_have_no_advantage(rollouts, value):
+    """In float32 the mean of equal numbers is another one, and / 1e-6 would make much of it."""
+    for rollout in rollouts:
+        rollout.verdict = Verdict("partial", value)
+    grpo.set_advantages(rollouts, grpo.Args(group_size=20))
+    assert [rollout.advantage for rollout in rollouts] == [0.0] * 20
+    assert grpo.mixed_groups(rollouts, 20) == []
+
+
+def test_groups_are_mixed_where_grades_differ(rollouts):
+    for n, rollout in enumerate(rollouts):
+        rollout.verdict = Verdict("partial", 0.25 if n in (5, 6) else 0.5)
+    assert grpo.mixed_groups(rollouts, 4) == rollouts[4:8]
+    grpo.set_advantages(rollouts, grpo.Args(group_size=4, advantage_norm="none"))
+    assert [r.advantage for r in rollouts[4:8]] == [0.125, -0.125, -0.125, 0.125]
+
+
+@pytest.mark.parametrize(("length", "penalty"), [(1, 0), (6, 0), (7, 0.25), (9, 0.75), (10, 1)])
+def test_soft_overlong_penalty(length, penalty):
+    """DAPO (arXiv 2503.14476), equation 13: 0 up to L_max - L_cache, then linear, -1 at L_max."""
+    rollout = Rollout([1], [2] * length, None, "eos", "", verdict=Verdict("correct", 1.0))
+    assert grpo.reward(rollout, grpo.Args(max_new_tokens=10)) == 1
+    args = grpo.Args(max_new_tokens=10, overlong_buffer=4)
+    assert grpo.reward(rollout, args) == pytest.approx(1 - penalty)
 
 
 @pytest.mark.parametrize("agg", ["token", "sequence", "dr_grpo"])

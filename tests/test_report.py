@@ -88,13 +88,13 @@ def make_up(stages, tokenizer) -> None:
             config |= {"num_problems": 300 if stage.wiring["split"] == "all" else 150}
         shutil.copytree(ROOT / "toy" / "student", stage.folder / "final")
         config |= inputs_of(script.Args(**stage.flags))
-        config["template_fingerprint"] = template_fingerprint(tokenizer, thinking=False)
+        config["template_fingerprint"] = template_fingerprint(tokenizer, script.Args(**stage.flags))
         config["environment"] = {"machine": "2 cores", "git_commit": f"c{stage.wiring['seed']}"}
         (stage.folder / "config.json").write_text(json.dumps(config))
         if stage.script == "evaluate.py":
             counts = [n % 17, (3 * n) % 17, 16, 0]
             own = {"num_samples": 16, "num_problems": 4, "accuracy": sum(counts) / 64}
-            own |= {"correct_counts": counts, "majority": 0.5}
+            own |= {"averages": [count / 16 for count in counts], "majority": 0.5}
             own |= {"rollout/length": 9.0, "rollout/truncated": 0.0}
             text = json.dumps({"benchmarks": {"toy": own}})
             (stage.folder / "samples").mkdir()

@@ -5,7 +5,15 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import SAMPLED, SEED, generate, prompt_of, prompts_of_many_lengths, tiny_model
+from conftest import (
+    SAMPLED,
+    SEED,
+    generate,
+    problem_of,
+    prompt_of,
+    prompts_of_many_lengths,
+    tiny_model,
+)
 from transformers import Qwen3Config
 
 from common.errors import UserError
@@ -14,8 +22,8 @@ from common.logprob import token_logprobs
 from common.model import end_ids
 from common.rollout import Rollout, load_rollouts, rollout_metrics, verify
 from common.sampler import sample_and_verify
+from common.task import OUTCOMES
 from common.torch_engine import TorchEngine, draw, rows_that_fit
-from common.verifier import Verifier
 
 
 def same(a, b) -> bool:
@@ -116,7 +124,7 @@ def test_a_batch_is_as_large_as_memory_takes():
     assert rows_that_fit(config, 192, 2, int(80e9)) > 512
 
 
-def test_text_and_verdicts(tokenizer):
+def test_text_and_verdicts(task, tokenizer):
     model = tiny_model(tokenizer)
     prompts = [prompt_of("p", ids) for ids in prompts_of_many_lengths(tokenizer, 2)]
 
@@ -124,17 +132,16 @@ def test_text_and_verdicts(tokenizer):
         max_new_tokens, temperature = 6, 1.0
 
     engine = TorchEngine(model, tokenizer)
-    with Verifier() as verifier:
-        rollouts = sample_and_verify(engine, verifier, prompts, 2, Args, (SEED,))
+    rollouts = sample_and_verify(engine, task, prompts, 2, Args, (SEED,))
     for rollout in rollouts:
         assert rollout.text == tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
-        assert (rollout.problem, rollout.gold) == ("p", "1")
+        assert (rollout.problem.text, rollout.problem.gold) == ("p", "1")
     metrics = rollout_metrics(rollouts)
-    shares = sum(metrics[f"rollout/{name}"] for name in ("wrong", "no_answer", "timeout", "crash"))
+    shares = sum(metrics[f"rollout/{name}"] for name in OUTCOMES[1:])
     assert shares + metrics["rollout/accuracy"] == pytest.approx(1)
 
 
-def test_given_rollouts_are_read_back(tmp_path, tokenizer):
+def test_given_rollouts_are_read_back(task, tmp_path, tokenizer):
     """Token ids as they were, text with an EOS, and nothing of other problems."""
 
     class Args:
@@ -148,55 +155,55 @@ def test_given_rollouts_are_read_back(tmp_path, tokenizer):
         {"problem": "1+1", "completion": "1" * 40},
     ]
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    rollouts = load_rollouts(tokenizer, [prompt_of("1+1", [5, 6])], Args)
+    rollouts = load_rollouts(task, tokenizer, [prompt_of("1+1", [5, 6])], Args)
     assert [rollout.completion_ids for rollout in rollouts] == [
         ids,
         [*tokenizer(r"\boxed{2}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id],
     ]
     write_jsonl(tmp_path / "rows.jsonl", rows[2:3])
     with pytest.raises(UserError, match="0 of its 1 completions"):
-        load_rollouts(tokenizer, [prompt_of("1+1", [5, 6])], Args)
+        load_rollouts(task, tokenizer, [prompt_of("1+1", [5, 6])], Args)
 
 
-def given(tmp_path, tokenizer, row: dict) -> list[int]:
+def given(task, tmp_path, tokenizer, row: dict) -> list[int]:
     class Args:
         rollouts, max_new_tokens = str(tmp_path / "row.jsonl"), 20
 
     write_jsonl(tmp_path / "row.jsonl", [{"problem": "1+1", "completion": "2"} | row])
-    (rollout,) = load_rollouts(tokenizer, [prompt_of("1+1", [5, 6])], Args)
+    (rollout,) = load_rollouts(task, tokenizer, [prompt_of("1+1", [5, 6])], Args)
     return rollout.completion_ids
 
 
-def test_given_rollouts_end_once_or_not_at_all(tmp_path, tokenizer):
+def test_given_rollouts_end_once_or_not_at_all(task, tmp_path, tokenizer):
     (two,), end = tokenizer("2", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id
-    assert given(tmp_path, tokenizer, {}) == [two, end]
-    assert given(tmp_path, tokenizer, {"completion": "2<|im_end|>"}) == [two, end]
-    assert given(tmp_path, tokenizer, {"finish": "length"}) == [two]
-    assert given(tmp_path, tokenizer, {"completion_ids": [two]}) == [two]
-    assert given(tmp_path, tokenizer, {"completion_ids": [two, end]}) == [two, end]
-    assert given(tmp_path, tokenizer, {"completion": ""}) == [end]
+    assert given(task, tmp_path, tokenizer, {}) == [two, end]
+    assert given(task, tmp_path, tokenizer, {"completion": "2<|im_end|>"}) == [two, end]
+    assert given(task, tmp_path, tokenizer, {"finish": "length"}) == [two]
+    assert given(task, tmp_path, tokenizer, {"completion_ids": [two]}) == [two]
+    assert given(task, tmp_path, tokenizer, {"completion_ids": [two, end]}) == [two, end]
+    assert given(task, tmp_path, tokenizer, {"completion": ""}) == [end]
 
 
 @pytest.mark.parametrize("ids", [[], ["2"], [2.0], [True], [-1], [10**6], "22", {"2": 2}, [[2]]])
-def test_given_token_ids_must_be_ids(tmp_path, tokenizer, ids):
+def test_given_token_ids_must_be_ids(task, tmp_path, tokenizer, ids):
     with pytest.raises(UserError, match="row 1: completion_ids must be a list of one or more ids"):
-        given(tmp_path, tokenizer, {"completion_ids": ids})
+        given(task, tmp_path, tokenizer, {"completion_ids": ids})
 
 
-def test_half_a_surrogate_pair_in_a_given_completion(tmp_path, tokenizer):
+def test_half_a_surrogate_pair_in_a_given_completion(task, tmp_path, tokenizer):
     with pytest.raises(UserError, match="half a surrogate pair in column completion"):
-        given(tmp_path, tokenizer, {"completion": "2 \ud800"})
+        given(task, tmp_path, tokenizer, {"completion": "2 \ud800"})
 
 
-def test_a_thought_that_the_prompt_has_opened_holds_no_answer():
+def test_a_thought_that_the_prompt_has_opened_holds_no_answer(task):
     texts = [r"It may be \boxed{1}.", r"maybe \boxed{2}</think>\boxed{1}", r"</think>\boxed{2}"]
-    rollouts = [Rollout([5], [6], None, "eos", text, gold="1") for text in texts]
-    with Verifier() as verifier:
-        for opens, outcomes in (
-            (False, ["correct", "correct", "wrong"]),
-            (True, ["no_answer", "correct", "wrong"]),
-        ):
-            for rollout in rollouts:
-                rollout.opens_thought = opens
-            verify(verifier, rollouts)
-            assert [rollout.verdict.outcome for rollout in rollouts] == outcomes
+    problem = problem_of("p", "1")
+    rollouts = [Rollout([5], [6], None, "eos", text, problem) for text in texts]
+    for opens, outcomes in (
+        (False, ["correct", "correct", "wrong"]),
+        (True, ["no_answer", "correct", "wrong"]),
+    ):
+        for rollout in rollouts:
+            rollout.opens_thought = opens
+        verify(task, rollouts)
+        assert [rollout.verdict.outcome for rollout in rollouts] == outcomes

@@ -21,15 +21,13 @@ def test_the_stream_goes_by_the_cursor_alone():
     assert Stream(items, 4).take(Progress(), 40) != whole
 
 
-def test_given_rollouts_are_drawn_as_they_are(model, tokenizer, rollouts):
+def test_given_rollouts_are_drawn_as_they_are(model, tokenizer, task, rollouts):
     """Each once an epoch, a step's as many as it would sample, with keys of their own; only the
     verdicts are new."""
     drawn = []
     args = SimpleNamespace(seed=0, group_size=4, dtype="float32")
     run = SimpleNamespace(args=args, progress=Progress(), add_drawn=drawn.extend)
-    for rollout in rollouts:
-        rollout.gold = "1"
-    with Sampler("torch", model, model, tokenizer, rollouts, [], run) as sampler:
+    with Sampler("torch", model, model, tokenizer, task, rollouts, [], run) as sampler:
         steps = [sampler.draw(1, (0, step)) for step in range(1, 6)]
     assert [len(step) for step in steps] == [4] * 5
     assert len({rollout.key for rollout in drawn}) == len(rollouts)

@@ -260,6 +260,13 @@ BAD = [
     ("--model no/such/model --learning_rate 1e-6", "neither a local folder nor a hub id"),
     ("--dataset columns.jsonl", "no column problem or question or prompt"),
     ("--dataset empty.jsonl", "is empty"),
+    ("--task no.py", "task no.py does not exist; give math or a .py file"),
+    ("--task ungraded.py --dataset good.jsonl", "ungraded.py: it has no function grade(completi"),
+    ("--task words.py --dataset good.jsonl", "good.jsonl, row 1: task words.py: KeyError: 'word'"),
+    ("--task words.py", "task words.py names no datasets; set --dataset"),
+    ("--task generous.py --dataset good.jsonl --num_steps 1", "returned 2; it must return a numb"),
+    ("--grade_timeout 0", "--grade_timeout is 0.0; it must be above 0"),
+    ("--chat_template no.jinja", "cannot read --chat_template no.jinja"),
     ("--dataset missing.jsonl", "does not exist"),
     ("--max_prompt_tokens 5", "every prompt is over --max_prompt_tokens 5"),
     ("--group_size -1", "--group_size is -1; it must be above 0"),
@@ -293,7 +300,7 @@ CASES = [(script, *case) for script in TRAINERS for case in BAD] + [
     ("opd", "--dataset unanswered.jsonl", "unanswered.jsonl"),
     ("opd", "--dataset huge.jsonl", "every prompt is over --max_prompt_tokens 128"),
     ("opd", "--dataset table.parquet", "table.parquet"),
-    ("opd", "--dataset good.jsonl --problem_column nothing", "nothing"),
+    ("opd", "--dataset good.jsonl --columns problem=nothing", "nothing"),
     ("grpo", "--clip_low -0.1", "--clip_low is -0.1"),
     ("grpo", "--kl_coef inf", "--kl_coef is inf"),
     ("grpo", "--backend vllm --vllm_gpu_memory 2", "--vllm_gpu_memory is 2.0"),
@@ -305,8 +312,8 @@ CASES = [(script, *case) for script in TRAINERS for case in BAD] + [
     ("bridge", "--benchmarks", "--benchmarks needs a value"),
     ("opd", "--max_new_tokens 385", "and toy/student takes at most 512 tokens"),
     ("evaluate", "--max_new_tokens 385", "and toy/teacher takes at most 512 tokens"),
-    ("opd", "--dataset lists.jsonl", "row 1, column problem: a list of chat messages"),
-    ("opd", "--dataset surrogate.jsonl", "half a surrogate pair in column problem"),
+    ("opd", "--dataset lists.jsonl", "row 1: task math: ValueError: a list of chat messages"),
+    ("opd", "--dataset surrogate.jsonl", "row 1: half a surrogate pair"),
     ("fkl_warmup", "--rollouts ids.jsonl --dataset good.jsonl", "completion_ids must be a list"),
     ("evaluate", "--compare torn torn", "torn/results.json is damaged"),
 ]
@@ -332,6 +339,11 @@ def bad_inputs(tmp_path_factory):
     (folder / "ids.jsonl").write_text(ids)
     (folder / "torn").mkdir()
     (folder / "torn" / "results.json").write_text('{"args": {"model": "toy/tea')
+    asks = "def prompt(row): return row['problem']\n"
+    grades = "def grade(completion, row): return 2\n"
+    for name, code in (("ungraded", asks), ("words", asks + grades), ("generous", asks + grades)):
+        code = code.replace("problem", "word") if name == "words" else code
+        (folder / f"{name}.py").write_text(code)
     (folder / "folder").mkdir()
     (folder / "folder" / "good.jsonl").write_text(good)
     (folder / "occupied").mkdir()

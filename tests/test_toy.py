@@ -46,8 +46,8 @@ def test_completions_are_right():
 
 
 @pytest.fixture(scope="module")
-def reports():
-    problems = data.load_evaluation_problems("toy")[:256]
+def reports(task):
+    problems = data.load_evaluation_problems(task, "toy")[:256]
     return {name: make.report(TOY / name, problems) for name in ("teacher", "student")}
 
 

@@ -28,11 +28,12 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from common import data
+from common.math_task.task import instruction
 from common.model import load_model, load_tokenizer
 from common.sampler import sample_and_verify
 from common.start import start
+from common.task import Problem, Task
 from common.torch_engine import TorchEngine
-from common.verifier import Verifier
 
 HERE = Path(__file__).parent
 CHAT_TEMPLATE = (
@@ -118,7 +119,7 @@ def make_data(args: Args) -> None:
 def make_tokenizer() -> PreTrainedTokenizerFast:
     r"""Printable ASCII by character; chat markers, roles, instruction and `\boxed{` are whole."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    whole = ["user", "assistant", "\n" + data.INSTRUCTION, r"\boxed{"]
+    whole = ["user", "assistant", "\n" + instruction, r"\boxed{"]
     characters = ["\n", *(chr(code) for code in range(32, 127)), "\ufffd"]
     vocab = {token: i for i, token in enumerate(special + whole + characters)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="\ufffd"))
@@ -170,7 +171,8 @@ def loss_sum(
     choice: whether the first token, which decides between the two ways, is in the loss.
     """
     # Rendered once: jinja would be the slowest part of a step.
-    template = data.prompt_text(tokenizer, "PROBLEM")
+    asked = {"role": "user", "content": f"PROBLEM\n{instruction}"}
+    template = data.prompt_text(tokenizer, [asked])
     texts = [template.replace("PROBLEM", problem_text(terms)) for terms in problems]
     prompts = tokenizer(texts)["input_ids"]
     completions = tokenizer([completion_text(t, step_by_step) for t in problems])["input_ids"]
@@ -224,7 +226,7 @@ class SamplingArgs:
     thinking: bool = False
 
 
-def report(folder: Path, problems: list[data.Problem]) -> dict[str, float]:
+def report(folder: Path, problems: list[Problem]) -> dict[str, float]:
     """The four numbers that matter, over 16 samples at temperature 1 of each problem.
 
     Step by step is too seldom to be measured by waiting for it: a second set of samples is given
@@ -233,12 +235,12 @@ def report(folder: Path, problems: list[data.Problem]) -> dict[str, float]:
     args, tokenizer = SamplingArgs(), load_tokenizer(str(folder))
     model = load_model(str(folder), "float32", torch.device("cpu"))
     free = data.render_prompts(tokenizer, problems, args)
-    digits = [tokenizer.encode(problem.problem[0]) for problem in problems]
+    digits = [tokenizer.encode(problem.text[0]) for problem in problems]
     begun = [data.Prompt(p.problem, p.ids + d) for p, d in zip(free, digits, strict=True)]
     engine = TorchEngine(model, tokenizer)
-    with Verifier() as verifier:
+    with Task() as task:
         samples, forced = (
-            sample_and_verify(engine, verifier, prompts, 16, args, seed=(0,))
+            sample_and_verify(engine, task, prompts, 16, args, seed=(0,))
             for prompts in (free, begun)
         )
     correct = torch.tensor([float(rollout.verdict.correct) for rollout in samples])
@@ -267,7 +269,8 @@ def main(args: Args) -> None:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         if args.only in ("all", "report", name):
-            problems = data.load_problems(str(args.output_dir / "test.jsonl"))
+            with Task() as task:
+                problems = data.load_problems(task, str(args.output_dir / "test.jsonl"))
             print(name, json.dumps(report(folder, problems)))
 
 

@@ -17,8 +17,10 @@ from pathlib import Path
 
 import tyro
 
+from common.data import default_decontamination, default_of
 from common.errors import UserError, check, one_line
 from common.model import lacks_chat_template
+from common.task import Task
 
 # Kind of stage -> its script, and the flags that make the kind.
 KINDS: dict[str, tuple[str, dict[str, object]]] = {
@@ -123,8 +125,9 @@ REAL: Preset = {
 
 # Flags of bridge.py that replace a preset's value in every stage whose script has them.
 OVERRIDES = (
+    *("task", "grade_timeout", "columns", "system", "instruction", "chat_template"),
     *("max_prompt_tokens", "max_new_tokens", "dtype", "vllm_gpu_memory", "tensor_parallel"),
-    *("chat_template", "num_steps", "prompts_per_step", "group_size", "micro_batch_tokens"),
+    *("num_steps", "prompts_per_step", "group_size", "micro_batch_tokens"),
     *("learning_rate", "num_minibatches", "num_samples", "num_problems"),
 )
 
@@ -137,11 +140,23 @@ def fill_in(args) -> None:
         check(known, f"there is no default student for teacher {args.teacher}; set --student")
         args.student = "toy/student" if toy else "Qwen/Qwen3-1.7B"
     args.backend = "torch" if toy and args.backend == "auto" else args.backend
-    args.dataset = args.dataset or ("toy" if toy else "open-r1/DAPO-Math-17k-Processed:all")
-    args.benchmarks = args.benchmarks or (("toy",) if toy else ("math500", "aime24", "aime25"))
+    fill_in_data(args, toy)
     if args.chat_template is None and lacks_chat_template(args.student):
         args.chat_template = args.teacher
     args.output_dir = args.output_dir or f"runs/bridge-{Path(args.teacher).name}"
+
+
+def fill_in_data(args, toy: bool) -> None:
+    """The task's first dataset and benchmark; for mathematics and real models the paper's."""
+    with Task(args.task or "math") as task:
+        if args.task is None and not toy:
+            args.dataset = args.dataset or "open-r1/DAPO-Math-17k-Processed:all"
+            args.benchmarks = args.benchmarks or ("math500", "aime24", "aime25")
+        args.dataset = args.dataset or default_of(task, "datasets")
+        args.benchmarks = args.benchmarks or (default_of(task, "benchmarks"),)
+        held_out = args.decontaminate
+        held_out = default_decontamination(task, args.dataset) if held_out is None else held_out
+    args.decontaminate = tuple(dict.fromkeys((*args.benchmarks, *held_out)))
 
 
 def preset_of(args) -> Preset:

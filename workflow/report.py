@@ -87,7 +87,8 @@ def collect(evaluations: list[Evaluation]) -> list[dict]:
 def over_group(group: list[Evaluation], results: list[dict]) -> dict[str, object]:
     """One benchmark's results, of each evaluation of a row, as one."""
     k, accuracies = results[0]["num_samples"], [result["accuracy"] for result in results]
-    rates = np.mean([np.array(result["correct_counts"]) / k for result in results], axis=0)
+    majorities = [result["majority"] for result in results]
+    rates = np.mean([np.array(result["averages"]) for result in results], axis=0)
     return {
         "num_samples": k,
         "num_problems": results[0]["num_problems"],
@@ -95,7 +96,7 @@ def over_group(group: list[Evaluation], results: list[dict]) -> dict[str, object
         "over_seeds": None if group[0].seed is None else t_interval(accuracies),
         "over_problems": interval(rates, k * len(results)),
         "by_seed": {str(e.seed): value for e, value in zip(group, accuracies, strict=True)},
-        "majority": statistics.fmean(result["majority"] for result in results),
+        "majority": None if None in majorities else statistics.fmean(majorities),
         "length": statistics.fmean(result["rollout/length"] for result in results),
         "truncated": statistics.fmean(result["rollout/truncated"] for result in results),
     }

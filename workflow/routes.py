@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from common.data import default_decontamination
 from common.errors import check
 from workflow.machine import Machine, settings_that_fit
 from workflow.presets import KINDS, Preset, Setting, ours
@@ -177,9 +176,8 @@ class Workflow:
             flag: self.train(source, seed) if isinstance(source, Recipe) else bases[source]
             for flag, source in sources.items()
         }
-        held_out = (*args.benchmarks, *default_decontamination(args.dataset))
         wiring = {"dataset": args.dataset, "split": recipe.split}
-        wiring |= {"decontaminate": tuple(dict.fromkeys(held_out))}
+        wiring |= {"decontaminate": args.decontaminate}
         wiring |= {"eval_dataset": args.benchmarks[0], "seed": seed}
         more = {"settings": num_steps_of(recipe, self.preset)}
         if recipe.budget_of:

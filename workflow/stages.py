@@ -104,7 +104,7 @@ class Stage:
             "choose another --output_dir",
         )
         models = (args.model, getattr(args, "teacher", None), args.chat_template)
-        template = {"template_fingerprint": _template_of(*models, args.thinking)}
+        template = {"template_fingerprint": template_fingerprint(_tokenizer_of(*models), args)}
         now = inputs_of(args) | template
         replaced = [name for name in now if config.get(name) != now[name]]
         check(
@@ -115,9 +115,7 @@ class Stage:
         return True
 
 
-@cache
-def _template_of(model: str, teacher: str | None, chat_template: str | None, thinking: bool) -> str:
-    return template_fingerprint(load_tokenizer(model, teacher, chat_template), thinking)
+_tokenizer_of = cache(load_tokenizer)  # many stages have one
 
 
 # === what --dry_run shows ===

@@ -1,24 +1,17 @@
-"""The verifier: what it reads, what it grades, and that nothing breaks it."""
+"""The math task: what it reads as an answer, and what it calls right."""
 
 import json
-import os
-import resource
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
+from conftest import grade
 
 from common.input_hashes import ROOT
-from common.verifier import Verdict, Verifier, compare_cheaply, extract_answer
-
-
-@pytest.fixture(scope="module")
-def verifier():
-    with Verifier() as shared:
-        yield shared
+from common.math_task.answers import compare_cheaply, extract_answer
+from common.math_task.check import judge
+from common.task import Verdict
 
 
 @pytest.mark.parametrize(
@@ -29,8 +22,6 @@ def verifier():
         (r"\boxed{2} \quad \text{and} \quad \boxed{3}", "2, 3"),
         (r"\boxed{1}, \boxed{2} and $\boxed{3}$", "1, 2, 3"),
         (r"\boxed{1 + \boxed{2}}", r"1 + \boxed{2}"),
-        (r"\boxed{4}<|im_end|>\boxed{5}", "4"),
-        ("Answer: 4</s>\nAnswer: 5", "4"),
         ("Answer:\n5", None),
         (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
         (r"\fbox{3}", "3"),
@@ -40,9 +31,6 @@ def verifier():
         ("Answer: 5", "5"),
         ("Answer: 5\nbut no\nAnswer: **6**", "6"),
         (r"Answer: 5, that is \boxed{6}", "6"),
-        (r"<think>\boxed{1}</think>\boxed{2}", "2"),
-        (r"<think>\boxed{1}</think> done", None),
-        (r"<think>it could be \boxed{1}", None),
         (r"\boxed{}", None),
         (r"\boxed{1", None),
         (r"so \boxed 2.", "2"),
@@ -114,8 +102,9 @@ def test_cheap_comparison(answer, gold, same):
         (r"3\frac{1}{2}", "3.5", "correct"),
     ],
 )
-def test_equivalence(verifier, answer, gold, outcome):
-    assert verifier.grade([rf"\boxed{{{answer}}}"], [gold]) == [Verdict(outcome, answer)]
+def test_equivalence(task, answer, gold, outcome):
+    expected = Verdict(outcome, float(outcome == "correct"), answer)
+    assert grade(task, [rf"\boxed{{{answer}}}"], [gold]) == [expected]
 
 
 BOMBS = [r"\boxed{9^{9^{9^9}}}", r"\boxed{100000000!}"]
@@ -182,10 +171,10 @@ BOMBS = [r"\boxed{9^{9^{9^9}}}", r"\boxed{100000000!}"]
         ),
     ],
 )
-def test_an_expression_is_not_a_number(verifier, answer, gold):
+def test_an_expression_is_not_a_number(task, answer, gold):
     """A policy that is paid for the expression copies the problem's: seen after 31 GRPO steps."""
-    assert verifier.compare([answer], [gold])[0].outcome == "wrong"
-    assert verifier.compare([answer], [answer])[0].correct
+    replies = task.pool.call("is_right", [[answer, gold], [answer, answer]])
+    assert [reply.value for reply in replies] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -232,120 +221,33 @@ def test_an_expression_is_not_a_number(verifier, answer, gold):
         ("The answer is 12 - I hope", "12"),
     ],
 )
-def test_a_finished_answer_is(verifier, answer, gold):
-    assert verifier.compare([answer], [gold])[0].correct
+def test_a_finished_answer_is(task, answer, gold):
+    assert task.pool.call("is_right", [[answer, gold]])[0].value is True
 
 
-def test_hostile_answers_cost_their_own_deadline_only():
-    """20 bombs among 20 good answers: the good ones are graded, in order; no worker is left."""
-    completions, golds = [], []
-    for i in range(20):
-        completions += [BOMBS[i % 2], rf"\boxed{{\frac{{{2 * i + 1}}}{{2}}}}"]
-        golds += ["0.5", str(i + 0.5)]
-    with Verifier(timeout_s=0.2) as verifier:
-        began = time.monotonic()
-        outcomes = [verdict.outcome for verdict in verifier.grade(completions, golds)]
-        elapsed = time.monotonic() - began
-        pids = [worker.process.pid for worker in verifier._workers]
-    assert outcomes[1::2] == ["correct"] * 20
-    assert set(outcomes[::2]) <= {"timeout", "crash"}
-    assert elapsed < 60  # 20 bombs of 0.2 s and as many restarts
-    assert_gone(pids)
+def test_unreadable_golds_are_named(task):
+    golds = ["5", r"\frac{1}{2}", "Even", "(1, 2)", r"\frac{1}{", "@@@", r"\$32,\!348"]
+    rows = [{"problem": "p", "answer": gold} for gold in golds]
+    warnings = [problem.warning for problem in task.problems(rows, "d")]
+    assert [bool(warning) for warning in warnings] == [gold in (golds[4], "@@@") for gold in golds]
+    assert warnings[5] == "gold answer '@@@' cannot be read: only an equal string will be right"
 
 
-def assert_gone(pids: list[int]) -> None:
-    for pid in pids:
-        shown = subprocess.run(
-            ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True
-        )
-        assert shown.stdout.strip() == "", f"worker {pid} is left: {shown.stdout}"
-
-
-def test_memory_is_bounded():
-    with Verifier(num_workers=1, memory_mb=700) as verifier:
-        verifier.grade([r"\boxed{\frac12}"], ["0.5"])
-        limits = Path(f"/proc/{verifier._workers[0].process.pid}/limits").read_text()
-    line = next(line for line in limits.splitlines() if line.startswith("Max address space"))
-    assert line.split()[3:5] == [str(700 << 20)] * 2
-
-
-def test_a_killed_worker_is_replaced():
-    """kill -9 in mid-item: that item crashed, everything after it is graded."""
-    with Verifier(num_workers=1, timeout_s=30) as verifier:
-        assert verifier.grade([r"\boxed{\frac12}"], ["0.5"])[0].correct
-        victim = verifier._workers[0].process
-        killer = threading.Timer(0.3, victim.kill)
-        killer.start()
-        graded = verifier.grade([BOMBS[0], r"\boxed{\frac12}"], ["0.5", "0.5"])
-        assert [verdict.outcome for verdict in graded] == ["crash", "correct"]
-        victim = verifier._workers[0].process
-        victim.kill()
-        victim.wait()
-        # It died while idle: that is no item's fault.
-        assert verifier.grade([r"\boxed{\frac12}"], ["0.5"])[0].correct
-
-
-def test_any_thread_may_call(verifier):
-    results = {}
-
-    def work(i: int) -> None:
-        results[i] = verifier.grade([rf"\boxed{{\frac{{{i}}}{{11}}}}"] * 5, [f"{i}/11"] * 5)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(1, 5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(verdict.correct for i in range(1, 5) for verdict in results[i])
-
-
-def test_workers_do_not_import_torch(verifier):
-    verifier.grade([r"\boxed{\frac12}"], ["0.5"])
-    maps = Path(f"/proc/{verifier._workers[0].process.pid}/maps").read_text()
-    assert "python" in maps
-    assert "torch" not in maps
-
-
-def test_easy_answers_start_no_worker():
-    with Verifier() as verifier:
-        verifier.grade([r"\boxed{3}", r"\boxed{4}", "nothing"], ["3", "3", "3"])
-        assert verifier._workers == []
-
-
-def test_more_than_1023_open_files():
-    """select.select takes none above."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
-    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
-    try:
-        with Verifier() as verifier:
-            assert verifier.grade([r"\boxed{\frac12}"], ["0.5"])[0].correct
-    finally:
-        for descriptor in opened:
-            os.close(descriptor)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def test_unreadable_golds_are_named(verifier):
-    golds = ["5", r"\frac{1}{2}", "Even", "(1, 2)", r"\frac{1}{", "@@@", "@@@", r"\$32,\!348"]
-    assert verifier.unreadable(golds) == [r"\frac{1}{", "@@@"]
-
-
-def test_free_form_answers(verifier):
-    completions = ["The answer is $4$", "4", "<think>4</think>", "5", "A: 4\nA: 9 ducks"]
-    outcomes = [v.outcome for v in verifier.grade(completions, ["4"] * 5, free_form=True)]
+def test_free_form_answers(task):
+    texts = ["The answer is $4$", "4", "<think>4</think>", "5", "A: 4\nA: 9 ducks"]
+    outcomes = [outcome for outcome, _ in judge(task.pool, texts, ["4"] * 5)]
     assert outcomes == ["correct", "correct", "no_answer", "wrong", "wrong"]
-    assert [v.outcome for v in verifier.grade(completions, ["4"] * 5)] == ["no_answer"] * 5
-    assert verifier.grade(["A: 7\nA: 4"], ["4"], marker="A:")[0].correct
+    assert [v.outcome for v in grade(task, texts, ["4"] * 5)] == ["no_answer"] * 5
+    assert judge(task.pool, ["A: 7\nA: 4"], ["4"], "A:") == [("correct", "4")]
 
 
 # === labelled answers ===
 
-GRADED = Path(__file__).parent / "data" / "verifier.jsonl"
+GRADED = Path(__file__).parent / "data" / "math_answers.jsonl"
 
 
 def grade_file(*flags: str) -> list:
-    command = [sys.executable, "-m", "common.verifier", str(GRADED), *flags]
+    command = [sys.executable, "-m", "common.math_task.check", str(GRADED), *flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     return json.loads(done.stdout)
 

@@ -1,4 +1,4 @@
-"""The verifier under attack: a seeded fuzz, bombs by the hundred, lost workers, a lost parent."""
+"""Grading under attack: a seeded fuzz, bombs by the hundred, lost workers, a lost parent."""
 
 import os
 import random
@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SEED
-from test_verifier import BOMBS, assert_gone
+from conftest import SEED, grade
+from test_task import BOMBS, assert_gone, pids_of
 
 from common.input_hashes import ROOT
+from common.math_task.answers import compare_cheaply, extract_answer
 from common.rollout import Rollout
-from common.verifier import OUTCOMES, Verifier, compare_cheaply, extract_answer
+from common.task import OUTCOMES, Task
 from evaluate import majority_votes
 
 pytestmark = pytest.mark.faults
@@ -72,7 +73,8 @@ def test_fuzz():
     rng = random.Random(SEED)
     total, deadlines = 0, 0
     before = resident_mb(os.getpid())
-    with Verifier(timeout_s=0.2, memory_mb=1024) as verifier:
+    with Task(timeout_s=0.2) as task:
+        task.pool.memory_mb = 1024
         for _ in range(60):
             completions = [random_completion(rng) for _ in range(200)]
             golds = [
@@ -80,7 +82,7 @@ def test_fuzz():
                 for _ in completions
             ]
             began = time.monotonic()
-            verdicts = verifier.grade(completions, golds)
+            verdicts = grade(task, completions, golds)
             elapsed = time.monotonic() - began
             killed = sum(verdict.outcome in ("timeout", "crash") for verdict in verdicts)
             assert len(verdicts) == 200
@@ -88,10 +90,10 @@ def test_fuzz():
             # Two workers; a lost one costs its deadline and a restart of up to a few seconds.
             assert elapsed < 30 + 4 * killed
             total, deadlines = total + len(verdicts), deadlines + killed
-            assert len(verifier._workers) <= 2
-            assert all(resident_mb(w.process.pid) < 1024 for w in verifier._workers if w.ready)
-        assert verifier.grade([r"\boxed{\frac12}"], ["0.5"])[0].correct
-        pids = [worker.process.pid for worker in verifier._workers]
+            assert len(task.pool._workers) <= 2
+            assert all(resident_mb(pid) < 1024 for pid in pids_of(task))
+        assert grade(task, [r"\boxed{\frac12}"], ["0.5"])[0].correct
+        pids = pids_of(task)
     print(f"{total} inputs, {deadlines} workers lost")
     assert total == 12_000
     assert deadlines > 0
@@ -106,19 +108,20 @@ def hostile_answer(rng: random.Random) -> str:
 def test_fuzz_of_both_sides():
     """Majority votes compare what models wrote with what models wrote."""
     rng = random.Random(SEED + 2)
-    with Verifier(timeout_s=0.2, memory_mb=1024) as verifier:
+    with Task(timeout_s=0.2) as task:
+        task.pool.memory_mb = 1024
         for _ in range(20):
-            answers, golds = ([hostile_answer(rng) for _ in range(100)] for _ in range(2))
-            outcomes = {verdict.outcome for verdict in verifier.compare(answers, golds)}
-            assert outcomes <= {"correct", "wrong", "timeout", "crash"}
-            texts = [rf"\boxed{{{answer}}}" for answer in answers]
-            verdicts = verifier.grade(texts, ["5"] * 100)
+            pairs = [(hostile_answer(rng), hostile_answer(rng)) for _ in range(100)]
+            assert {reply.kind for reply in task.pool.call("is_right", pairs)} <= {
+                *("value", "error", "timeout")
+            }
+            verdicts = grade(task, [rf"\boxed{{{answer}}}" for answer, _ in pairs], ["5"] * 100)
             rollouts = [Rollout([1], [2], None, "eos", "", verdict=v) for v in verdicts]
-            assert all(0 <= share <= 1 for share in majority_votes(verifier, rollouts, 4))
+            assert all(0 <= share <= 1 for share in majority_votes(task, rollouts, 4))
 
 
-def test_comparing_without_a_worker_takes_no_time():
-    """In the trainer's process nothing has a deadline: a second for 300 comparisons, with room."""
+def test_comparing_without_a_parser_takes_no_time():
+    """A second for 300 comparisons, with room."""
     rng = random.Random(SEED + 3)
     spaces, digits = r"\text{" + " " * 1980 + "(", "1" * 2000
     hostile = [spaces, digits, "-" * 2000, "1," * 1000, "{,}1" * 500, "a " * 1000, "$" * 2000]
@@ -160,31 +163,34 @@ def test_fuzz_of_the_extraction():
 def test_a_megabyte_takes_seconds_at_most(text):
     """No quadratic scan: these would take hours."""
     began = time.monotonic()
-    with Verifier(timeout_s=0.2) as verifier:
-        verifier.grade([text], ["1"])
+    with Task(timeout_s=0.2) as task:
+        grade(task, [text], ["1"])
     assert time.monotonic() - began < 20
 
 
 def test_200_bombs_in_one_batch():
-    with Verifier(timeout_s=0.2) as verifier:
+    with Task(timeout_s=0.2) as task:
         completions = [BOMBS[i % 2] for i in range(200)] + [r"\boxed{\frac12}"]
-        outcomes = [v.outcome for v in verifier.grade(completions, ["0.5"] * 201)]
+        outcomes = [v.outcome for v in grade(task, completions, ["0.5"] * 201)]
     assert outcomes[-1] == "correct"
     assert set(outcomes[:-1]) <= {"timeout", "crash"}
 
 
 HOLDER = """
 import sys
-from common.verifier import Verifier
-verifier = Verifier(timeout_s={timeout_s})
-verifier.grade([r"\\boxed{{\\frac12}}"] * 2, ["0.5"] * 2)
-print(*(worker.process.pid for worker in verifier._workers), flush=True)
+sys.path.insert(0, "tests")
+from conftest import grade
+from test_task import pids_of
+from common.task import Task
+task = Task(timeout_s={timeout_s})
+grade(task, [r"\\boxed{{\\frac12}}"] * 20, ["0.5"] * 20)
+print(*pids_of(task), flush=True)
 {then}
 """
 
 
 def start_holder(then: str, timeout_s: float = 1.0) -> tuple[subprocess.Popen, list[int]]:
-    """A process that holds a verifier; its workers' pids."""
+    """A process that holds a task; its workers' pids."""
     code = HOLDER.format(then=then, timeout_s=timeout_s)
     child = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -192,30 +198,22 @@ def start_holder(then: str, timeout_s: float = 1.0) -> tuple[subprocess.Popen, l
     return child, list(map(int, child.stdout.readline().split()))
 
 
-def wait_until_gone(pids: list[int], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in pids):
-        time.sleep(0.1)
-    assert_gone(pids)
-
-
 @pytest.mark.parametrize("then", ["", "raise RuntimeError", "sys.exit(3)"])
 def test_no_worker_outlives_a_process_that_ends(then):
     child, pids = start_holder(then)
     child.wait(timeout=30)
     assert pids
-    wait_until_gone(pids, 5)
+    assert_gone(pids)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_no_worker_outlives_a_process_that_is_killed_while_grading(sent):
-    """In mid-bomb: nobody is left to enforce the deadline but the worker's own timer."""
-    child, pids = start_holder(f"verifier.grade([{BOMBS[0]!r}] * 50, ['0.5'] * 50)")
+    """In mid-bomb: nobody is left to enforce the deadline but the worker's keeper."""
+    child, pids = start_holder(f"grade(task, [{BOMBS[0]!r}] * 50, ['0.5'] * 50)", timeout_s=60)
     time.sleep(0.5)
     child.send_signal(sent)
     child.wait(timeout=30)
-    group = subprocess.run(["pgrep", "-f", "common.equivalence 1.0"], capture_output=True)
-    wait_until_gone([*pids, *map(int, group.stdout.split())], 10)
+    assert_gone(pids)
 
 
 def test_training_on_poisoned_completions_finishes(tmp_path):

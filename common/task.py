@@ -1,0 +1,128 @@
+"""A task: what is asked, and what a completion of it earns. One file brings both.
+
+    --task math              the embedded one (common/math_task/task.py)
+    --task FILE.py           your own; docs/tasks.md says what it defines
+
+The file is imported, and its functions are called, in worker processes only.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from common.errors import UserError, check
+from common.input_hashes import task_path
+from common.ranks import on_first_of_host, on_first_rank
+from common.worker_pool import Reply, WorkerPool
+
+OUTCOMES = ("correct", "partial", "wrong", "no_answer", "timeout", "crash")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One row of a dataset, as its task asks it."""
+
+    text: str  # the user's last message, without --instruction
+    gold: str = ""  # the right answer, as people are shown it
+    key: str = ""  # rows of one key are one problem
+    messages: tuple[dict, ...] = ()  # of the chat, with --system and --instruction
+    row: dict = field(default_factory=dict)  # what grade() gets
+    where: str = ""  # dataset and number of the row
+    warning: str | None = None
+
+    @property
+    def identity(self) -> str:
+        return f"{self.key}{json.dumps(self.row, sort_keys=True, default=str)}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`outcome` is one of OUTCOMES, `answer` what was read from the completion, if anything was;
+    `message` is a crash's."""
+
+    outcome: str
+    reward: float = 0.0  # from 0 to 1
+    answer: str | None = None
+    message: str = ""
+
+    @property
+    def correct(self) -> bool:
+        return self.outcome == "correct"
+
+
+class Task:
+    """A task file, by name or path. instruction, system: instead of the task's own, or of none."""
+
+    def __init__(
+        self,
+        name: str = "math",
+        timeout_s: float = 2.0,
+        instruction: str | None = None,
+        system: str | None = None,
+    ):
+        self.name, self.file = name, task_path(name)
+        check(self.file.is_file(), f"task {name} does not exist; give math or a .py file")
+        self.pool = WorkerPool(self.file, timeout_s)
+        about = on_first_rank(self.pool.about)
+        self.columns: dict[str, Sequence[str]] = about["columns"]
+        self.datasets, self.benchmarks = about["datasets"], about["benchmarks"]
+        self.functions: list[str] = about["functions"]
+        self.instruction = about["instruction"] if instruction is None else instruction
+        self.system = system
+
+    def __enter__(self) -> "Task":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.pool.close()
+
+    def problems(self, rows: list[dict], source: str) -> list[Problem]:
+        """Rows, one at least, as problems. Raises UserError for one that prompt() cannot take."""
+        replies = on_first_rank(lambda: self.pool.call("describe", [[row] for row in rows]))
+        problems = []
+        for number, (row, reply) in enumerate(zip(rows, replies, strict=True), 1):
+            where = f"{source}, row {number}"
+            if reply.kind != "value":
+                said = "prompt(row) takes too long" if reply.kind == "timeout" else reply.value
+                raise UserError(f"{where}: task {self.name}: {said}")
+            *before, last = reply.value.pop("messages")
+            text = last["content"].strip()
+            asked = f"{text}\n{self.instruction}" if self.instruction else text
+            system = [{"role": "system", "content": self.system}] if self.system else []
+            messages = (*system, *before, last | {"content": asked})
+            problems.append(Problem(text, messages=messages, row=row, where=where, **reply.value))
+        self.grade([""], problems[:1])  # what is no reward is told before anything is trained
+        return problems
+
+    def keys(self, texts: Sequence[str]) -> list[str]:
+        """Of problems' texts."""
+        return [reply.value for reply in self.pool.call("identify", [[text] for text in texts])]
+
+    def grade(self, completions: Sequence[str], problems: Sequence[Problem]) -> list[Verdict]:
+        """One verdict per completion, in order. The ranks of a machine share one pool of workers.
+        Raises UserError if grade() returns what is no reward."""
+
+        def grade_all(pairs: list[tuple[str, dict]]) -> list[Reply]:
+            return self.pool.call("grade", pairs)
+
+        rows = [problem.row for problem in problems]
+        replies = on_first_of_host(grade_all, list(zip(completions, rows, strict=True)))
+        return [self._verdict(*pair) for pair in zip(replies, problems, strict=True)]
+
+    def _verdict(self, reply: Reply, problem: Problem) -> Verdict:
+        if reply.kind == "misuse":
+            raise UserError(f"task {self.name}: {reply.value} (for {problem.where})")
+        if reply.kind == "timeout":
+            return Verdict("timeout", answer=reply.note)
+        if reply.kind == "error":
+            return Verdict("crash", answer=reply.note, message=str(reply.value))
+        if reply.value is None:
+            return Verdict("no_answer")
+        outcome = {0.0: "wrong", 1.0: "correct"}.get(reply.value, "partial")
+        return Verdict(outcome, reply.value, reply.note)
+
+    def same(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Whether two answers are one vote: equal texts, or what the task's same(a, b) says."""
+        if "same" not in self.functions:
+            return [one == other for one, other in pairs]
+        return [reply.value is True for reply in self.pool.call("same", pairs)]

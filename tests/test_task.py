@@ -1,0 +1,313 @@
+"""Task files and the workers that run them: the contract, deadlines, what a broken one costs."""
+
+import os
+import resource
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import grade
+
+from common.errors import UserError
+from common.task import Task, Verdict
+from common.task_worker import answering_part
+
+BOMBS = [r"\boxed{9^{9^{9^9}}}", r"\boxed{100000000!}"]
+GOOD = "def prompt(row): return row['text']\ndef grade(completion, row): return 1.0\n"
+
+
+def write(folder: Path, code: str) -> str:
+    path = folder / "own.py"
+    path.write_text(code)
+    return str(path)
+
+
+def pids_of(task: Task) -> list[int]:
+    """Of each worker's keeper, and of the process that answers."""
+    keepers = [worker.process.pid for worker in task.pool._workers]
+    children = [Path(f"/proc/{pid}/task/{pid}/children").read_text().split() for pid in keepers]
+    return keepers + [int(pid) for listed in children for pid in listed]
+
+
+def assert_gone(pids: list[int], seconds: float = 5) -> None:
+    deadline = time.monotonic() + seconds
+    for pid in pids:
+        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        shown = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True)
+        assert shown.stdout.strip() in (b"", b"Z"), f"process {pid} is left"
+
+
+# === the contract ===
+
+
+def test_a_task_of_ten_lines(tmp_path):
+    """Any row; partial credit; an answer to vote on; numpy and bool rewards."""
+    code = (
+        "instruction = 'Write it backwards.'\n"
+        "datasets = {'words': 'words.jsonl'}\n"
+        "def prompt(row): return row['word']\n"
+        "def answer(completion): return completion.strip() or None\n"
+        "def gold(row): return row['word'][::-1]\n"
+        "def grade(completion, row):\n"
+        "    right = sum(a == b for a, b in zip(completion, gold(row)))\n"
+        "    return True if completion == gold(row) else right / 3\n"
+    )
+    with Task(write(tmp_path, code), system="Be brief.") as task:
+        assert task.datasets == {"words": "words.jsonl"}
+        (problem,) = task.problems([{"word": "abc", "level": 3}], "dataset d")
+        assert problem.messages == (
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "abc\nWrite it backwards."},
+        )
+        assert (problem.text, problem.gold) == ("abc", "cba")
+        assert problem.where == "dataset d, row 1"
+        assert task.grade(["cba", "cbx", "xyz", "", "<think>no</think>cba"], [problem] * 5) == [
+            Verdict("correct", 1.0, "cba"),
+            Verdict("partial", pytest.approx(2 / 3), "cbx"),
+            Verdict("wrong", 0.0, "xyz"),
+            Verdict("no_answer"),
+            Verdict("correct", 1.0, "cba"),
+        ]
+        assert task.same([("a", "a"), ("a", "b")]) == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def prompt(row): return 'a'", r"own.py: it has no function grade\(completion, row\)"),
+        ("def grade(completion, row): return 1", r"it has no function prompt\(row\)"),
+        ("import no_such_module", "own.py: ModuleNotFoundError: .*no_such_module"),
+        ("def prompt(row:", "own.py: SyntaxError"),
+        ("import os; os._exit(3)", "own.py: importing it ends its process"),
+        ("import sys; sys.exit(3)", "own.py: SystemExit"),
+        ("instruction = 3\n" + GOOD, "its instruction is no text"),
+    ],
+)
+def test_files_that_are_no_task(tmp_path, code, message):
+    with pytest.raises(UserError, match=message):
+        Task(write(tmp_path, code))
+
+
+def test_a_task_that_is_not_there():
+    with pytest.raises(UserError, match="task no.py does not exist; give math or a .py file"):
+        Task("no.py")
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (
+            "row['word']",
+            r"dataset d, row 2: task .*own.py: KeyError: 'word' \(in prompt, line 1",
+        ),
+        ("3", r"row 1: task .*own.py: prompt\(row\) returned 3; it must return a text"),
+        ("' '", "row 1: .*must return a text"),
+        ("[]", "row 1: .*must return a text"),
+        ("[{'role': 'user'}]", "row 1: .*must return a text"),
+        ("[{'role': 'system', 'content': 's'}]", "row 1: .*the last one the user's"),
+        ("{1, 2}", "row 1: .*must return a text"),
+        ("'\\ud800'", None),
+        ("__import__('time').sleep(60)", r"row 1: .*prompt\(row\) takes too long"),
+    ],
+)
+def test_rows_that_cannot_be_asked(tmp_path, returned, message):
+    code = f"def prompt(row): return {returned}\ndef grade(completion, row): return 1\n"
+    with Task(write(tmp_path, code), timeout_s=0.5) as task:
+        rows = [{"word": "a"}, {"other": "b"}]
+        if message is None:  # half a surrogate pair comes through; data.py refuses it
+            assert task.problems(rows, "d")[0].text == "\ud800"
+        else:
+            with pytest.raises(UserError, match=message):
+                task.problems(rows, "dataset d")
+
+
+@pytest.mark.parametrize("reward", ["1.5", "-0.1", "float('nan')", "'1'", "None", "[1]", "2"])
+def test_rewards_that_are_none(tmp_path, reward):
+    code = f"def prompt(row): return 'a'\ndef grade(completion, row): return {reward}\n"
+    message = r"own.py: grade\(completion, row\) returned .*a number from 0 to 1 \(for row 1\)"
+    with Task(write(tmp_path, code)) as task, pytest.raises(UserError, match=message):
+        grade(task, ["x"], ["1"])
+
+
+def test_a_graders_exception_is_a_crash_with_its_message(tmp_path):
+    code = "def prompt(row): return 'a'\ndef grade(completion, row): return row[completion]\n"
+    with Task(write(tmp_path, code)) as task:
+        (verdict,) = grade(task, ["field"], ["1"])
+    assert verdict.outcome == "crash"
+    assert verdict.message == "KeyError: 'field' (in grade, line 2 of own.py)"
+    assert verdict.reward == 0
+
+
+def test_the_task_file_is_imported_in_workers_only(tmp_path):
+    code = f"open({str(tmp_path / 'pids')!r}, 'a').write(f'{{__import__(\"os\").getpid()}} ')\n"
+    with Task(write(tmp_path, code + GOOD)) as task:
+        grade(task, ["a"] * 20, ["1"] * 20)
+    pids = set(map(int, (tmp_path / "pids").read_text().split()))
+    assert pids
+    assert os.getpid() not in pids
+
+
+@pytest.mark.parametrize(
+    ("completion", "answering"),
+    [
+        ("<think>1</think>2", "2"),
+        ("<think>1</think> done", " done"),
+        ("<think>it could be 1", ""),
+        ("1</think>2", "2"),
+        ("4<|im_end|>5", "4"),
+        ("4</s>5", "4"),
+        ("4", "4"),
+    ],
+)
+def test_thoughts_are_not_graded(completion, answering):
+    assert answering_part(completion) == answering
+
+
+# === workers ===
+
+
+def test_hostile_answers_cost_their_own_deadline_only():
+    """20 bombs among 20 good answers: the good ones are graded, in order; no worker is left."""
+    completions, golds = [], []
+    for i in range(20):
+        completions += [BOMBS[i % 2], rf"\boxed{{\frac{{{2 * i + 1}}}{{2}}}}"]
+        golds += ["0.5", str(i + 0.5)]
+    with Task(timeout_s=0.2) as task:
+        verdicts = grade(task, completions, golds)
+        pids = pids_of(task)
+    assert [verdict.outcome for verdict in verdicts[1::2]] == ["correct"] * 20
+    assert {verdict.outcome for verdict in verdicts[::2]} <= {"timeout", "crash"}
+    assert verdicts[0].answer == "9^{9^{9^9}}"  # what was read is known all the same
+    assert_gone(pids)
+
+
+def test_limits(task):
+    grade(task, ["a"], ["1"])
+    limits = Path(f"/proc/{pids_of(task)[-1]}/limits").read_text().splitlines()
+    limit_of = {line[:25].strip(): line.split()[-3] for line in limits}
+    assert limit_of["Max address space"] == str(2048 << 20)
+    assert limit_of["Max file size"] == str(1 << 28)
+
+
+def test_a_killed_worker_is_replaced():
+    """kill -9 in mid-item: that item crashed, everything after it is graded."""
+    with Task(timeout_s=30) as task:
+        task.pool.num_workers = 1
+        assert grade(task, [r"\boxed{\frac12}"], ["0.5"])[0].correct
+        for number in (0, 1):  # the keeper, then the process that answers
+            threading.Timer(0.3, os.kill, (pids_of(task)[number], 9)).start()
+            verdicts = grade(task, [BOMBS[0], r"\boxed{\frac12}"], ["0.5", "0.5"])
+            assert [verdict.outcome for verdict in verdicts] == ["crash", "correct"]
+        os.kill(pids_of(task)[0], 9)
+        task.pool._workers[0].process.wait()
+        # It died while idle: that is no item's fault.
+        assert grade(task, [r"\boxed{\frac12}"], ["0.5"])[0].correct
+
+
+def test_any_thread_may_call(task):
+    results = {}
+
+    def work(i: int) -> None:
+        results[i] = grade(task, [rf"\boxed{{\frac{{{i}}}{{11}}}}"] * 5, [f"{i}/11"] * 5)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(verdict.correct for i in range(1, 5) for verdict in results[i])
+
+
+def test_workers_import_neither_torch_nor_sympy_before_they_must():
+    with Task() as task:
+        grade(task, [r"\boxed{3}"], ["4"])
+        maps = Path(f"/proc/{pids_of(task)[-1]}/maps").read_text()
+        assert "python" in maps
+        assert "torch" not in maps
+        assert "mpz" not in maps  # sympy's numbers
+
+
+def test_a_row_longer_than_the_sockets_buffer(tmp_path):
+    code = "def prompt(row): return row['text']\n"
+    code += "def grade(completion, row): return len(row['text']) == len(completion)\n"
+    with Task(write(tmp_path, code)) as task:
+        (problem,) = task.problems([{"text": "x" * 1_000_000}], "d")
+        assert problem.text == "x" * 1_000_000
+        assert task.grade(["y" * 1_000_000], [problem])[0].correct
+
+
+def test_more_than_1023_open_files():
+    """select.select takes none above."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with Task() as task:
+            assert grade(task, [r"\boxed{\frac12}"], ["0.5"])[0].correct
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+HOSTILE = {
+    "hangs": "while True: pass",
+    "sleeps deaf to signals": "import signal as s, time; s.signal(15, s.SIG_IGN); time.sleep(60)",
+    "forks and both return": "os.fork()",
+    "leaves a child in its own session": "os.fork() or (os.setsid(), os.fork(), time.sleep(600))",
+    "fills memory": "bytearray(1 << 34)",
+    "fills the disk": "open('big', 'wb').write(bytearray(1 << 29))",
+    "kills itself": "os.kill(os.getpid(), 9)",
+    "kills its group": "os.killpg(0, 9)",
+    "kills its parent's group": "os.killpg(os.getpgid(os.getppid()), 9)",
+    "writes to stdout": "print('[1, \"value\", 1.0]', flush=True); os.write(1, b'x\\n' * 999)",
+    "closes everything": "os.closerange(3, 99)",
+    "exits": "os._exit(0)",
+    "recurses": "f = lambda: f(); f()",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_grader_costs_its_own_item(tmp_path, kind):
+    code = (
+        "import os, time\ndef prompt(row): return 'a'\n"
+        "def grade(completion, row):\n"
+        f"    if completion == 'hostile':\n        {HOSTILE[kind]}\n        return 0.5\n"
+        "    return 1.0\n"
+    )
+    with Task(write(tmp_path, code), timeout_s=1.0) as task:
+        verdicts = grade(task, ["good", "hostile", "good", "hostile", *["good"] * 8], ["1"] * 12)
+        outcomes = [verdict.outcome for verdict in verdicts]
+        pids = pids_of(task)
+    harmless = {"forks and both return", "leaves a child in its own session", "writes to stdout"}
+    expected = {"partial"} if kind in harmless else {"timeout", "crash"}
+    if kind == "kills its parent's group":  # which is not its own: it may come to its end
+        expected |= {"partial"}
+    assert {outcomes.pop(3), outcomes.pop(1)} <= expected
+    assert outcomes == ["correct"] * 10
+    assert_gone(pids)
+    mine = [stat for stat in Path("/proc").glob("[0-9]*/cmdline") if is_of(stat, tmp_path)]
+    assert mine == []
+
+
+def is_of(cmdline: Path, folder: Path) -> bool:
+    """Whether a process is a worker of this test's task."""
+    try:
+        return str(folder).encode() in cmdline.read_bytes()
+    except OSError:
+        return False
+
+
+def test_nothing_is_left_in_the_scratch_folder(tmp_path):
+    code = (
+        "import os\ndef prompt(row): return os.getcwd()\n"
+        "def grade(completion, row): return open('a', 'w').write('text') == 4\n"
+    )
+    with Task(write(tmp_path, code)) as task:
+        scratch = Path(task.problems([{}], "d")[0].text)
+        assert grade(task, ["a"], ["1"])[0].correct
+        assert (scratch / "a").read_text() == "text"  # one item, one worker: the same
+    assert not scratch.exists()
