@@ -32,13 +32,13 @@ import numpy as np
 from tqdm import tqdm
 
 from common import data
+from common.atomic_files import write_atomic, write_json, write_jsonl, writing
 from common.errors import check
-from common.files import write_atomic, write_json, write_jsonl, writing
-from common.folder import claim_folder, lock_folder
 from common.input_hashes import inputs_of, model_path
 from common.model import check_lengths, load_model, load_tokenizer
 from common.ranks import gather, join_ranks, on_first_rank, rank
 from common.rollout import Rollout, rollout_metrics
+from common.run_folder import claim_folder, lock_folder
 from common.sampler import sample_and_verify
 from common.samples_page import samples_page
 from common.sharding import DTYPES

@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from common.folder import machine
 from common.input_hashes import ROOT
 from common.memory import config_of
 from common.model import load_tokenizer
+from common.run_folder import machine
 from common.start import start
 
 

@@ -17,8 +17,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
+from common.atomic_files import replace_folder, write_json, writing
 from common.errors import UserError, one_line
-from common.files import replace_folder, write_json, writing
 from common.ranks import num_ranks, on_first_rank
 
 

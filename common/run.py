@@ -13,14 +13,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import checkpoint, flops
+from common.atomic_files import write_json, write_jsonl, writing
 from common.data import fingerprint
 from common.errors import RunFailure, check, one_line
-from common.files import write_json, write_jsonl, writing
-from common.folder import claim_folder, lock_folder
 from common.input_hashes import ROOT, inputs_of
 from common.memory import print_plan
 from common.ranks import gather, max_over_ranks, num_ranks, on_first_rank, rank, sum_over_ranks
 from common.rollout import Rollout, rollout_metrics
+from common.run_folder import claim_folder, lock_folder
 from common.saving import file_dtype, save_final
 from common.start import STOP, Stopped, check_ranges, start
 

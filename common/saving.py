@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from common.files import replace_folder, writing
+from common.atomic_files import replace_folder, writing
 from common.input_hashes import model_path
 from common.ranks import on_first_rank, rank
 from common.sharding import full_weights

@@ -10,7 +10,7 @@ import threading
 
 import torch
 
-from common import checkpoint, files, lm_head, torch_engine
+from common import atomic_files, checkpoint, lm_head, torch_engine
 from common.errors import RunFailure
 from workflow.fork_server import serve
 
@@ -53,7 +53,7 @@ def plant(job: dict) -> None:
     elif site == "update":
         at_call(lm_head, "head_backward", number, die)
     elif site == "disk":  # in the middle of a checkpoint, or of any other write
-        at_call(files, "sync_to_disk", number, die)
+        at_call(atomic_files, "sync_to_disk", number, die)
     elif site == "between files":
         at_call(checkpoint, "save_file", number, die)
     elif site == "engine":

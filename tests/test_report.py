@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.input_hashes import ROOT, inputs_of
 from common.statistics import judge, t_interval, t_test
 from workflow.machine import find_machine
-from workflow.paper import CLAIMS, RESULTS, results_of
+from workflow.paper_results import CLAIMS, RESULTS, results_of
 from workflow.presets import fill_in, preset_of
 from workflow.routes import plan
 

@@ -16,8 +16,8 @@ from conftest import (
 )
 from transformers import Qwen3Config
 
+from common.atomic_files import write_jsonl
 from common.errors import UserError
-from common.files import write_jsonl
 from common.logprob import token_logprobs
 from common.model import end_ids
 from common.rollout import Rollout, load_rollouts, rollout_metrics, verify

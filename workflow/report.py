@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common.files import write_atomic, write_json
+from common.atomic_files import write_atomic, write_json
 from common.statistics import interval, judge, t_interval
 from workflow.figure import draw
-from workflow.paper import BENCHMARKS, CLAIMS, results_of
+from workflow.paper_results import BENCHMARKS, CLAIMS, results_of
 from workflow.routes import Evaluation
 
 # === collect ===

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from common.data import template_fingerprint
 from common.errors import check
-from common.folder import MAY_CHANGE
 from common.input_hashes import inputs_of
 from common.model import load_tokenizer
+from common.run_folder import MAY_CHANGE
 from workflow.presets import Preset, Setting, as_words, script_args
 
 

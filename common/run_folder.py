@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
+from common.atomic_files import write_json
 from common.errors import UserError, check
-from common.files import write_json
 from common.input_hashes import ROOT
 
 # These say how a run is watched and where it fits, not what it computes: they may differ when it is
