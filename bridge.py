@@ -61,7 +61,7 @@ class Args:
     task: str | None = None
     """what is asked and what earns a reward; default: math, else a .py file (docs/tasks.md)"""
     grade_timeout: float | None = None
-    """seconds in which a completion is graded; default: the scripts'"""
+    """seconds in which a completion is graded, or gets no reward; default: the task's own, or 2"""
     dataset: str | None = None
     """training problems; default: the task's first, or DAPO-Math-17k for math on other models"""
     benchmarks: tuple[str, ...] | None = None

@@ -70,8 +70,8 @@ class Args:
     # --- data ---
     task: str = "math"
     """what is asked and how it is graded: math, or a .py file (docs/tasks.md)"""
-    grade_timeout: float = 2.0
-    """seconds in which a completion is graded; a later grade counts as none"""
+    grade_timeout: float | None = None
+    """seconds in which a completion is graded, or gets no reward; default: the task's own, or 2"""
     benchmarks: tuple[str, ...] | None = None
     """names that the task knows (math: toy, math500, aime24, aime25, amc23, gsm8k), hub ids, .jsonl
     or .parquet files; default: the task's first"""

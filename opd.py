@@ -92,8 +92,8 @@ class Args:
     # --- data ---
     task: str = "math"
     """what is asked and what earns a reward: math, or a .py file (docs/tasks.md)"""
-    grade_timeout: float = 2.0
-    """seconds in which a completion is graded; a later grade counts as none"""
+    grade_timeout: float | None = None
+    """seconds in which a completion is graded, or gets no reward; default: the task's own, or 2"""
     dataset: str | None = None
     """a hub id (owner/name:config), a .jsonl or .parquet file, or one of the task's, as toy"""
     split: Literal["all", "1H", "2H"] = "all"

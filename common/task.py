@@ -51,19 +51,21 @@ class Verdict:
 
 
 class Task:
-    """A task file, by name or path. instruction, system: instead of the task's own, or of none."""
+    """A task file, by name or path. What is None is the task's own: timeout_s, the deadline of a
+    call in seconds, and the instruction."""
 
     def __init__(
         self,
         name: str = "math",
-        timeout_s: float = 2.0,
+        timeout_s: float | None = None,
         instruction: str | None = None,
         system: str | None = None,
     ):
         self.name, self.file = name, task_path(name)
         check(self.file.is_file(), f"task {name} does not exist; give math or a .py file")
-        self.pool = WorkerPool(self.file, timeout_s)
+        self.pool = WorkerPool(self.file)
         about = on_first_rank(self.pool.about)
+        self.pool.timeout_s = about["grade_timeout"] if timeout_s is None else timeout_s
         self.columns: dict[str, Sequence[str]] = about["columns"]
         self.datasets, self.benchmarks = about["datasets"], about["benchmarks"]
         self.functions: list[str] = about["functions"]

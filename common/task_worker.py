@@ -174,8 +174,12 @@ def about(task) -> dict:
     instruction = getattr(task, "instruction", "")
     if not isinstance(instruction, str):
         raise Misuse("its instruction is no text")
+    grade_timeout = getattr(task, "grade_timeout", 2.0)
+    if not isinstance(grade_timeout, int | float) or not 0 < grade_timeout < math.inf:
+        raise Misuse("its grade_timeout is no number of seconds")
     functions = [name for name in ("answer", "same") if callable(getattr(task, name, None))]
-    return known | {"instruction": instruction, "functions": functions}
+    about = {"instruction": instruction, "grade_timeout": grade_timeout, "functions": functions}
+    return known | about
 
 
 def describe(task, row: dict) -> dict:

@@ -55,7 +55,7 @@ class _Worker:
         )
         theirs.close()
         self.received = b""
-        self.number = 0  # of its calls; 0 is its start
+        self.number = 0  # of its call; 0 is its start
         self.call: int | None = None  # the index of the call that it works on
         self.note: str | None = None
         self.about: dict | None = None  # the task, as it says once its imports are done
@@ -123,13 +123,14 @@ class WorkerPool:
         with self._guarded():
             self._fill(1)
             while self._workers[0].about is None:
-                self._receive({})
+                self._receive({}, deque())
             return self._workers[0].about
 
     def call(self, function: str, arguments: Sequence[Sequence]) -> list[Reply]:
         """The replies of function(*a) for each a of `arguments`, in order."""
         with self._guarded():
             replies: dict[int, Reply] = {}
+            self._tried_again: set[int] = set()
             pending = deque(range(len(arguments)))
             while len(replies) < len(arguments):
                 self._fill(len(arguments) - len(replies))
@@ -137,7 +138,7 @@ class WorkerPool:
                     if pending and worker.idle:
                         index = pending.popleft()
                         worker.send(index, function, arguments[index], self.timeout_s)
-                self._receive(replies)
+                self._receive(replies, pending)
         return [replies[index] for index in range(len(arguments))]
 
     @contextlib.contextmanager
@@ -160,8 +161,9 @@ class WorkerPool:
         worker.kill()
         self._workers.remove(worker)
 
-    def _receive(self, replies: dict[int, Reply]) -> None:
-        """Wait until some worker says something, dies or passes its deadline."""
+    def _receive(self, replies: dict[int, Reply], pending: deque[int]) -> None:
+        """Wait until some worker says something, dies or passes its deadline. One that dies after
+        its first call may have been killed by an earlier one: its call is tried again, once."""
         waiting = [worker for worker in self._workers if not worker.idle]
         wait_s = min(worker.deadline for worker in waiting) - time.monotonic()
         readable = wait(waiting, max(0.0, wait_s))  # select.select takes no descriptor above 1,023
@@ -170,7 +172,11 @@ class WorkerPool:
                 lines = worker.lines()
                 for line in lines or ():
                     self._take(worker, json.loads(line), replies)
-                if lines is None:
+                if lines is None and worker.number > 1 and worker.call not in self._tried_again:
+                    self._tried_again.add(worker.call)
+                    pending.append(worker.call)
+                    self._drop(worker)
+                elif lines is None:
                     self._end(worker, Reply("error", "its process has died", worker.note), replies)
             elif time.monotonic() >= worker.deadline:
                 self._end(worker, Reply("timeout", None, worker.note), replies)

@@ -370,3 +370,27 @@ def test_a_failing_stage_stops_the_workflow(tmp_path):
     assert "to retry: python grpo.py" in message
     assert not (tmp_path / "out" / "seed_0" / "fkl_warmup").exists()
     assert ROOT.joinpath("bridge.py").exists()
+
+
+@pytest.mark.slow
+def test_the_workflow_on_another_task(tmp_path):
+    """Every stage, the evaluations and the report; a changed task file is noticed."""
+    (tmp_path / "tasks").mkdir()
+    for path in (ROOT / "examples" / "tasks").glob("countdown*"):
+        shutil.copy(path, tmp_path / "tasks")
+    task, folder = tmp_path / "tasks" / "countdown.py", tmp_path / "out"
+    flags = [*TINY, "--task", task, "--max_prompt_tokens", "320", "--output_dir", folder]
+    done = run("bridge", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(json.loads((folder / "results.json").read_text())["rows"]) == 7
+    rows = (folder / "seed_0" / "opd" / "rollouts" / "step_1.jsonl").read_text().splitlines()
+    assert json.loads(rows[0])["problem"].startswith("Make ")
+    page = (folder / "base" / "eval_raw_teacher" / "samples.html").read_text()
+    assert "gold answer" in page
+    again = run("bridge", *flags)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("finished before") == 12
+    task.write_text(task.read_text() + "\n# changed\n")
+    changed = run("bridge", *flags)
+    assert changed.returncode == 2
+    assert "finished with other files (task_fingerprint)" in changed.stderr
