@@ -1,6 +1,6 @@
 """JSON extraction: read a short text, answer with a JSON object that fits a schema.
 
-    prompt       Text: Ana Silva booked 3 nights at Hotel Aurora, breakfast included.
+    prompt       Text: Hotel Aurora: 3 nights with breakfast for Ana Silva.
                  Schema: {"type": "object", "properties": {"guest": {"type": "string"}, ...}, ...}
     completion   ```json
                  {"guest": "Ana Silva", "hotel": "Hotel Aurora", "nights": 3, "breakfast": true}
