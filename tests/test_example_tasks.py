@@ -361,8 +361,8 @@ def test_code_cheats_get_nothing(text):
 def test_code_cannot_find_what_the_tests_expect():
     text = "import sys\nframe, seen = sys._getframe(), ''\n"
     text += "while frame := frame.f_back: seen += str([frame.f_locals, frame.f_globals])\n"
-    text += "assert 'double(-1)' in seen\nassert f'{-2}' not in seen\n"
-    assert grade(text + RIGHT) == 1.0
+    text += "assert 'double(3888)' in seen and str(2 * 3888) not in seen\n"
+    assert grade(text + RIGHT, {"tests": ["assert double(3888) == 7776"]}) == 1.0
 
 
 BOMBS = {
