@@ -7,6 +7,7 @@ A source is a name that the task knows (`toy`, `math500`), a hub id (`owner/name
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from pathlib import Path
 from common.errors import UserError, check, one_line
 from common.task import Problem, Task
 
-NGRAM_WORDS = 13  # so many words in common with a benchmark's problem are no accident
+NGRAM_WORDS = 13  # so many words in common with a benchmark's problem are no accident,
+TEMPLATE = 3  # unless they stand in so many of its problems
 
 # === loading ===
 
@@ -143,7 +145,8 @@ def load_training_problems(
     task: Task, source: str, split: str, decontaminate: Iterable[str], renamed: Sequence[str] = ()
 ) -> list[Problem]:
     """A source without duplicates, conflicts and what the evaluation sets hold too, as a whole or
-    NGRAM_WORDS words of it; prints a count of each.
+    NGRAM_WORDS words of it; prints a count of each. Words that TEMPLATE of their problems share are
+    a phrase of the field, or of the prompt.
 
     split: `1H` and `2H` are two halves by the problem's key: they do not move when the
     file's order or the evaluation sets change.
@@ -154,7 +157,8 @@ def load_training_problems(
         answers.setdefault(row.key, set()).add(row.gold)
     held_out = [row for name in decontaminate for row in load_evaluation_problems(task, name)]
     held_out_keys = {row.key for row in held_out}
-    held_out_ngrams = {ngram for row in held_out for ngram in ngrams(row)}
+    in_problems = Counter(ngram for row in held_out for ngram in ngrams(row))
+    held_out_ngrams = {ngram for ngram, count in in_problems.items() if count < TEMPLATE}
     unique = {row.key: row for row in rows}
     agreed = {key: row for key, row in unique.items() if len(answers[key]) == 1}
     other = {key: row for key, row in agreed.items() if key not in held_out_keys}

@@ -20,7 +20,8 @@ def inputs_of(args) -> dict[str, str | None]:
     rendered prompts stand for it."""
     models = {name: getattr(args, name, None) for name in ("model", "teacher")}
     sources = [getattr(args, name, None) for name in ("dataset", "eval_dataset", "rollouts")]
-    sources += [*(getattr(args, "decontaminate", None) or ()), *getattr(args, "benchmarks", ())]
+    for name in ("decontaminate", "benchmarks"):
+        sources += getattr(args, name, None) or ()
     prints = {f"{flag}_fingerprint": of_model(name) for flag, name in models.items() if name}
     prints["task_fingerprint"] = of_task(args.task)
     if args.chat_template:

@@ -159,6 +159,21 @@ def test_thirteen_words_of_a_benchmark_are_contamination(task, tmp_path, capsys)
     assert "0 of the evaluation sets and 1 with 13 words in a row" in capsys.readouterr().out
 
 
+def test_words_of_a_template_are_no_contamination(task, tmp_path):
+    """A prompt's own words stand in each problem; what three held-out problems share is such."""
+    template = " ".join(f"word{i}" for i in range(20))
+    problems = [f"{template} {name}" for name in ("a", "b", "c", "d")]
+    rows = [{"problem": problem, "answer": "1"} for problem in problems]
+    training = write(tmp_path / "d.jsonl", rows[:1])
+    for held_out, num_kept in ((rows[1:], 1), (rows[1:3], 0)):
+        path = write(tmp_path / "test.jsonl", held_out)
+        if num_kept:
+            assert len(data.load_training_problems(task, training, "all", [path])) == num_kept
+        else:
+            with pytest.raises(UserError, match="is left"):
+                data.load_training_problems(task, training, "all", [path])
+
+
 def test_halves_are_fixed_by_the_text_alone(task, tmp_path):
     rows = [{"problem": f"p{i}", "answer": "1"} for i in range(400)]
     path = write(tmp_path / "d.jsonl", rows)

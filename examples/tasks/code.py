@@ -19,7 +19,7 @@ processes. This protects from a model's mistakes. It is NOT a sandbox for hostil
 still read your files (these tests among them), change those that you may change, and fill a disk
 with many small files. Run what you do not trust in a container or a virtual machine.
 
-Let the trainer wait longer than TIME_LIMIT_S, so that the tests before an endless loop still count.
+The trainer waits longer than the child may take, so that the tests before an endless loop count.
 """
 
 import ast
@@ -39,6 +39,7 @@ datasets = {"code": "code_train.jsonl"}
 benchmarks = {"code": "code_test.jsonl"}
 
 TIME_LIMIT_S = 4  # for all tests of a completion, with Python's start
+grade_timeout = 2 * TIME_LIMIT_S
 MAX_VALUE_BYTES = 10_000
 LIMITS = {
     resource.RLIMIT_CPU: TIME_LIMIT_S,
