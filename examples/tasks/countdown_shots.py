@@ -10,10 +10,8 @@ from countdown import answer, benchmarks, columns, datasets, gold, grade  # noqa
 instruction = ""  # the examples say it
 
 EXAMPLES = [
-    ([7, 2, 11], 20, "7 + 2 + 11"),
     ([3, 16, 4], 15, "16 + 3 - 4"),
     ([5, 9, 6], 39, "5 * 9 - 6"),
-    ([18, 8, 12], 38, "18 + 8 + 12"),
 ]
 
 
