@@ -103,6 +103,10 @@ class Args:
     """AdamW's peak rate"""
     num_minibatches: int | None = None
     """optimizer steps per pass over a step's rollouts"""
+    teacher_lora_rank: int | None = None
+    """train the teacher as adapters of this rank (LoRA), at 10 times the preset's rate"""
+    student_lora_rank: int | None = None
+    """the same for the student; OPD at 2 times the preset's rate"""
     max_prompt_tokens: int | None = None
     """instead of the preset's, in every stage (as the next three)"""
     max_new_tokens: int | None = None

@@ -37,7 +37,8 @@ from common import data
 from common.errors import check
 from common.lm_head import chunked_backward, frozen_hidden_states, head_logprobs
 from common.logprob import token_logprobs
-from common.model import check_lengths, load_for_training, load_tokenizer
+from common.lora import trained_parameters
+from common.model import check_lengths, load_for_training, load_reference, load_tokenizer
 from common.ranks import gather, join_ranks, max_over_ranks, sum_dicts_over_ranks, sum_over_ranks
 from common.rollout import Rollout
 from common.run import Run, check_training, mean, start_training
@@ -78,6 +79,10 @@ class Args:
     """where it runs; auto takes a GPU if there is one"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """compute type; the trained weights are float32 either way"""
+    lora_rank: int = 0
+    """R: train adapters of this rank beside the frozen weights (LoRA); 0 trains all of them"""
+    lora_alpha: float = 32.0
+    """adapters count alpha / R times"""
     activation_checkpointing: bool = False
     """compute each layer again in backward instead of keeping what it made"""
     cpu_offload: bool = False
@@ -406,9 +411,9 @@ def main(args: Args) -> None:
     if run.finished:
         return
     model = load_for_training(args.model, args, device, trainable=True)
-    ref_model = load_for_training(args.model, args, device) if args.kl_coef > 0 else None
+    ref_model = load_reference(model, args, device) if args.kl_coef > 0 else None
     optimizer = torch.optim.AdamW(
-        model.parameters(), betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
+        trained_parameters(model), betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
     run.restore(model, optimizer)
     sampler = Sampler(backend, model, model, tokenizer, task, dataset, eval_prompts, run)

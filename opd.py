@@ -39,6 +39,7 @@ from common import data
 from common.errors import check
 from common.lm_head import chunked_backward, frozen_hidden_states, head_weight
 from common.logprob import kl_divergence, transfer_metrics
+from common.lora import trained_parameters
 from common.model import check_lengths, load_for_training, load_tokenizer, share_end_ids
 from common.ranks import gather, join_ranks, max_over_ranks, sum_dicts_over_ranks, sum_over_ranks
 from common.rollout import Rollout, load_rollouts
@@ -82,6 +83,10 @@ class Args:
     """where it runs; auto takes a GPU if there is one"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """compute type; the trained weights are float32 either way"""
+    lora_rank: int = 0
+    """R: train adapters of this rank beside the frozen weights (LoRA); 0 trains all of them"""
+    lora_alpha: float = 32.0
+    """adapters count alpha / R times"""
     activation_checkpointing: bool = False
     """compute each layer again in backward instead of keeping what it made"""
     cpu_offload: bool = False
@@ -343,7 +348,7 @@ def main(args: Args) -> None:
     teacher = load_for_training(args.teacher, args, device)
     share_end_ids(tokenizer, model, teacher)
     optimizer = torch.optim.AdamW(
-        model.parameters(), betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
+        trained_parameters(model), betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
     run.restore(model, optimizer)
     sampler = Sampler(backend, model, model, tokenizer, task, dataset, eval_prompts, run)

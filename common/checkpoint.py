@@ -104,7 +104,7 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 def training_state(model, optimizer) -> dict[str, torch.Tensor]:
     """What training changes, by name: parameters and optimizer state, sharded as they are."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names = {p: name for name, p in model.named_parameters() if p.requires_grad}
     return {name: parameter.detach() for parameter, name in names.items()} | {
         f"optimizer/{names[parameter]}/{key}": value
         for parameter, state in optimizer.state.items()

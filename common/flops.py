@@ -18,14 +18,19 @@ def take(role: str) -> float:
     return spent
 
 
-def count_forward(model, mask: torch.Tensor, passes: int = 1) -> None:
-    """Forward passes over right-padded sequences, where mask [B, T] is set at positions that
-    predict a loss token: the last ones of each sequence. A backward is worth two passes."""
+def count_forward(model, mask: torch.Tensor, backward: bool = False) -> None:
+    """A forward pass over right-padded sequences, where mask [B, T] is set at positions that
+    predict a loss token: the last ones of each sequence. A backward is worth two more, one for the
+    gradients of what goes in, and one for those of weights, if they are trained."""
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     ends = (mask * positions).amax(1).tolist()  # the last token of a completion predicts nothing
     completions = mask.sum(1).tolist()
     lengths = [(end - n + 1, n) for end, n in zip(ends, completions, strict=True) if n > 0]
-    _spent[role_of(model)] += passes * forward_flops(model, lengths)
+    flops = forward_flops(model, lengths)
+    if backward:
+        frozen = forward_flops(model, lengths, trained=False)
+        flops += 2 * flops - frozen
+    _spent[role_of(model)] += flops
 
 
 def count_sampling(model, rollouts: Sequence, group_size: int) -> None:
@@ -38,22 +43,28 @@ def role_of(model) -> str:
     return getattr(model, "flops_role", "policy")
 
 
-def forward_flops(model, lengths: Iterable[tuple[int, int]], shared: int = 1) -> float:
+def forward_flops(
+    model, lengths: Iterable[tuple[int, int]], shared: int = 1, trained: bool | None = None
+) -> float:
     """FLOPs of a dense model's forward pass over sequences of so many prompt and completion tokens.
 
     The head counts at the tokens that predict a completion token, attention at pairs of a query and
-    a key that it may see. `shared`: so many completions have their prompt computed once.
+    a key that it may see. `shared`: so many completions have their prompt computed once. trained:
+    only products with weights that are trained, or frozen; without attention.
     """
     config, head = model.config, model.get_output_embeddings()
-    body = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m != head)
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    counted = {p for m in linear for p in m.parameters() if p.dim() == 2}
+    counted = {p for p in counted if trained is None or p.requires_grad == trained}
+    body = sum(p.numel() for p in counted if p is not head.weight)
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    pair = 4 * config.num_hidden_layers * heads * head_size
+    pair = 4 * config.num_hidden_layers * heads * head_size if trained is None else 0
     flops = 0.0
     for prompt, completion in lengths:
         length = prompt + completion - 1
         prompt_pairs, all_pairs = prompt * (prompt + 1) / 2, length * (length + 1) / 2
         flops += 2 * body * (prompt / shared + completion - 1)
-        flops += 2 * head.weight.numel() * completion
+        flops += 2 * head.weight.numel() * completion * (head.weight in counted)
         flops += pair * (prompt_pairs / shared + all_pairs - prompt_pairs)
     return flops

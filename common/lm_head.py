@@ -67,7 +67,7 @@ def chunked_backward(
 ) -> dict[str, float]:
     """What `(loss_fn(model(input_ids).logits[mask], **inputs)[0] / denominator).backward()` does,
     in chunks of the head; see head_backward. Shapes: hidden_states'."""
-    flops.count_forward(model, mask, passes=3)
+    flops.count_forward(model, mask, backward=True)
     hidden = hidden_states(model, input_ids, mask)
     return head_backward(hidden, model, loss_fn, inputs, denominator, chunk_size)
 
@@ -89,15 +89,18 @@ def head_backward(
     Memory beyond the body's: one chunk's tensors, the hidden gradient [N, D], and the head's .grad,
     which is added to in place (a fresh [V, D] for each chunk would cost more than is saved). Of a
     sharded head (FSDP2) the whole is gathered before the loop and its gradient, summed over ranks,
-    scattered after it: the loop itself has no collective.
+    scattered after it: the loop itself has no collective. A frozen head gets no gradient.
     """
     weight, compute_weight = model.get_output_embeddings().weight, head_weight(model, hidden.dtype)
-    sharded = isinstance(weight, DTensor)
-    if weight.grad is None:
-        weight.grad = torch.zeros_like(weight)
-    total = torch.zeros_like(compute_weight, dtype=weight.dtype) if sharded else weight.grad
+    trained, sharded = weight.requires_grad, isinstance(weight, DTensor)
+    if trained:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        total = torch.zeros_like(compute_weight, dtype=weight.dtype) if sharded else weight.grad
     leaf, hidden_grad = hidden.detach(), torch.empty_like(hidden)
-    room = leaf.new_empty(min(chunk_size, len(leaf)), len(total))  # every chunk's logits in turn
+    room = leaf.new_empty(
+        min(chunk_size, len(leaf)), len(compute_weight)
+    )  # every chunk's logits in turn
     sums: dict[str, float] = {}
     for first in range(0, len(hidden), chunk_size):
         chunk = slice(first, first + chunk_size)
@@ -107,11 +110,12 @@ def head_backward(
         loss_sum, metrics = loss_fn(logits, **sliced)
         (logits_grad,) = torch.autograd.grad(loss_sum / denominator, logits)
         hidden_grad[chunk] = logits_grad @ compute_weight
-        _add_product(total, logits_grad, leaf[chunk])
+        if trained:
+            _add_product(total, logits_grad, leaf[chunk])
         for name, value in {"loss": loss_sum.detach(), **metrics}.items():
             sums[name] = sums.get(name, 0.0) + float(value)
         del logits, logits_grad, loss_sum  # else they would stand beside the next chunk's
-    if sharded:
+    if trained and sharded:
         mesh = weight.device_mesh
         partial = DTensor.from_local(total, mesh, [Partial()] * mesh.ndim, run_check=False)
         local = partial.redistribute(placements=weight.placements).to_local()

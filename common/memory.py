@@ -5,6 +5,7 @@ compute type (4 or 2), T tokens of a micro-batch, D hidden, V vocabulary:
 
     weights, gradients, optimizer    4 P / R, 4 P / R, 8 P / R; in host memory with --cpu_offload
     frozen models                    c P / R each
+    LoRA                             c P / R frozen; the first line for the adapters alone
     gathered                         two layers and embedding and head at a time, where sharded
     activations                      of one layer and every layer's input with checkpointing, or all
     head                             a compute copy, its float32 gradient, and a chunk of logits
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 from common.errors import check
@@ -27,7 +29,7 @@ from common.vllm_engine import MAX_NUM_SEQS, batched_tokens
 
 GB = 1e9
 GRAPHS = 1 * GB  # vLLM's CUDA graphs: an allowance too
-SEQUENCES = 16  # whole ones in vLLM's cache: with fewer it samples one after the other
+SEQUENCES = 8  # whole ones in vLLM's cache, of which most are shorter: with fewer it samples slowly
 FIXED = 2 * GB  # CUDA context, communication buffers, fragmentation: an allowance, not measured
 
 # For a plan without the network.
@@ -49,6 +51,7 @@ class Shape:
 
     params: int  # tied ones once
     layer: int  # parameters of one decoder layer
+    lora: int  # parameters of adapters of rank 1 on its linear layers: their inputs and outputs
     layers: int
     hidden: int
     vocab: int
@@ -99,6 +102,7 @@ def shape_of_config(config) -> Shape:
     return Shape(
         params=sum(p.numel() for p in model.parameters()),
         layer=sum(p.numel() for p in layer.parameters()),
+        lora=sum(sum(m.weight.shape) for m in layer.modules() if isinstance(m, nn.Linear)),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         vocab=config.vocab_size,
@@ -163,19 +167,23 @@ def plan(
     c = {"float32": 4, "bfloat16": 2}[args.dtype]
     sharded = ranks > 1 or args.cpu_offload or c == 2
     home = "host" if args.cpu_offload else "device"
-    params = trained.params / ranks
+    moved = args.lora_rank * trained.lora * trained.layers if args.lora_rank else trained.params
+    params = moved / ranks
     items = [
         Item("weights, float32", 4 * params, home),
         Item("gradients, float32", 4 * params, home, "always" if home == "host" else "update"),
         Item("AdamW's moments, float32", 8 * params, home),
     ]
+    if args.lora_rank:
+        items.insert(0, Item("frozen weights", c * trained.params / ranks, home))
     if sharded and args.keep_gradients:
-        items.append(Item("gradients of a step, whole", 4 * trained.params, phase="update"))
+        items.append(Item("gradients of a step, whole", 4 * moved, phase="update"))
     items += [Item("frozen model", c * shape.params / ranks, home) for shape in frozen]
     if sharded:
         gathered = max(c * (2 * s.layer + s.rest) for s in (trained, *frozen))
         items.append(Item("gathered layers, embedding, head", gathered, phase="update"))
-        gradients = (c + 4) * max(trained.layer, trained.vocab * trained.hidden)
+        largest = max(trained.layer, trained.vocab * trained.hidden)
+        gradients = (c + 4) * (args.lora_rank * trained.lora if args.lora_rank else largest)
         items.append(Item("gradients of a gathered layer", gradients, phase="update"))
     length = args.max_prompt_tokens + args.max_new_tokens
     tokens = max(length, args.micro_batch_tokens)
@@ -186,7 +194,7 @@ def plan(
     kept += 8 * trained.hidden + 4 * c * trained.inner  # outside the layers; backward's temporaries
     items.append(Item("activations", tokens * kept, phase="update"))
     head = trained.vocab * trained.hidden
-    copy = (4 + c) * head if sharded else 0
+    copy = (c if args.lora_rank else 4 + c) * head if sharded else 0
     copy += sum(c * s.vocab * s.hidden for s in frozen if sharded)
     chunk = min(args.chunk_size, tokens)
     # With a teacher: float32 log-probs of student and teacher, and their gradients.
@@ -228,7 +236,8 @@ def models_of(args) -> tuple[str, list[str], str | None]:
         only_the_teacher_samples = hasattr(args, "correct_only")  # fkl_warmup.py
         sampled = args.teacher if only_the_teacher_samples else args.model
     else:
-        frozen = [args.model] if args.kl_coef > 0 else []
+        # With LoRA the reference is the model with its adapters off.
+        frozen = [args.model] if args.kl_coef > 0 and not args.lora_rank else []
         sampled = args.model
     return args.model, frozen, None if getattr(args, "rollouts", None) else sampled
 

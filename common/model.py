@@ -21,6 +21,7 @@ from common.data import prompt_text
 from common.errors import UserError, check, one_line
 from common.input_hashes import model_path
 from common.lm_head import head_weight, hidden_states
+from common.lora import BaseOf, add_adapters, set_adapters
 from common.sharding import DTYPES, device_of, make_buffers, read_shards, shard
 
 logging.set_verbosity_error()
@@ -168,21 +169,33 @@ def load_for_training(
     name: str, args, device: torch.device, trainable: bool = False
 ) -> PreTrainedModel:
     """As load_model; where there are ranks, sharded over them by FSDP2. Each rank reads its part of
-    each tensor from the files: no whole copy is held anywhere."""
+    each tensor from the files: no whole copy is held anywhere. With --lora_rank what is trainable
+    are adapters, and the rest is frozen in the compute type."""
+    adapted = trainable and args.lora_rank > 0
     if dist.is_initialized():
-        model = _load_sharded(name, args, device, trainable)
+        model = _load_sharded(name, args, device, trainable, adapted)
     else:
-        model = load_model(name, args.dtype, device, trainable)
+        model = load_model(name, args.dtype, device, trainable and not adapted)
+        if adapted:
+            add_adapters(model, args.lora_rank, args.lora_alpha)
+            set_adapters(model, args.seed)
         _recompute_activations(model, args)
     frozen_teacher = hasattr(args, "teacher") and not trainable
     model.flops_role = "teacher" if frozen_teacher else "policy"
     return model
 
 
-def _load_sharded(name: str, args, device: torch.device, trainable: bool) -> PreTrainedModel:
+def load_reference(model: PreTrainedModel, args, device: torch.device):
+    """The frozen policy that a run begins from: a copy, or `model` with its adapters off."""
+    return BaseOf(model) if args.lora_rank else load_for_training(args.model, args, device)
+
+
+def _load_sharded(
+    name: str, args, device: torch.device, trainable: bool, adapted: bool
+) -> PreTrainedModel:
     config = _load(AutoConfig.from_pretrained, name)
     with torch.device("meta"):
-        dtype = torch.float32 if trainable else DTYPES[args.dtype]
+        dtype = torch.float32 if trainable and not adapted else DTYPES[args.dtype]
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.name_or_path = model_path(name)
     try:
@@ -191,10 +204,14 @@ def _load_sharded(name: str, args, device: torch.device, trainable: bool) -> Pre
         model.generation_config = GenerationConfig.from_model_config(config)
     _make_savable(model.generation_config)
     model.requires_grad_(trainable).eval()
+    if adapted:
+        add_adapters(model, args.lora_rank, args.lora_alpha)
     _recompute_activations(model, args)
     shard(model, args, device)
     model.to_empty(device="cpu" if args.cpu_offload else device)
     read_shards(model, _find(name))
+    if adapted:
+        set_adapters(model, args.seed)
     make_buffers(model, device)
     _check_head(model, name)
     return model

@@ -15,8 +15,8 @@ from transformers import AutoConfig
 
 from common.atomic_files import replace_folder, writing
 from common.input_hashes import model_path
+from common.lora import layers_of, save_adapter, weight_names, whole_weights
 from common.ranks import on_first_rank, rank
-from common.sharding import full_weights
 
 SHARD_BYTES = 4 * 10**9
 
@@ -28,7 +28,8 @@ def file_dtype(name: str) -> str:
 
 
 def save_final(model, tokenizer, folder: Path, dtype: str) -> None:
-    """Model and tokenizer as `folder`, whole or not at all. All ranks call it."""
+    """Model and tokenizer as `folder`, whole or not at all; adapters merged, and alone in
+    folder/adapter too. All ranks call it."""
     temporary = folder.with_name(folder.name + ".tmp")
 
     def make_empty() -> None:
@@ -42,6 +43,8 @@ def save_final(model, tokenizer, folder: Path, dtype: str) -> None:
     with writing(folder):
         on_first_rank(make_empty)
         save_model(model, temporary, getattr(torch, dtype), writes=rank() == 0)
+        if layers_of(model):
+            save_adapter(model, temporary / "adapter", writes=rank() == 0)
         on_first_rank(complete)
 
 
@@ -49,13 +52,13 @@ def save_model(model, folder: Path, dtype: torch.dtype, writes: bool) -> None:
     """Weights in `dtype`, config and generation config into an existing folder. All ranks call it;
     the one that `writes` writes."""
     files = _plan(model, dtype.itemsize)
-    for file, tensors in _in_files(files, full_weights(model, dtype), writes):
+    for file, tensors in _in_files(files, whole_weights(model, dtype), writes):
         if writes:
             save_file(tensors, folder / file, metadata={"format": "pt"})
     if not writes:
         return
     if len(set(files.values())) > 1:
-        total = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+        total = sum(model.get_parameter(name).numel() for name in files) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": files}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     model.config.dtype, loaded_as = dtype, model.config.dtype
@@ -67,10 +70,11 @@ def save_model(model, folder: Path, dtype: torch.dtype, writes: bool) -> None:
 def _plan(model, itemsize: int) -> dict[str, str]:
     """Parameter -> file."""
     numbers, size, number = {}, 0, 1
-    for name, parameter in model.named_parameters():
-        if size > 0 and size + parameter.numel() * itemsize > SHARD_BYTES:
+    for name in weight_names(model):
+        bytes_of_it = model.get_parameter(name).numel() * itemsize
+        if size > 0 and size + bytes_of_it > SHARD_BYTES:
             size, number = 0, number + 1
-        size += parameter.numel() * itemsize
+        size += bytes_of_it
         numbers[name] = number
     if number == 1:
         return dict.fromkeys(numbers, "model.safetensors")

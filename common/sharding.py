@@ -22,6 +22,7 @@ from transformers.utils import cached_file
 from common.errors import check
 from common.ranks import num_ranks, rank
 
+ADAPTERS = ("lora_A", "lora_B")  # of a layer of common.lora
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -52,21 +53,31 @@ def shard(model: PreTrainedModel, args, device: torch.device) -> None:
 
 @torch.no_grad()
 def read_shards(model: PreTrainedModel, path: str) -> None:
-    """This rank's rows of each parameter, from the safetensors files at a path or hub id."""
+    """This rank's rows of each parameter, from the safetensors files at a path or hub id. Adapters
+    are in no file of a model."""
     files = _weight_files(path)
-    missing = [parameter for parameter, _ in model.named_parameters() if parameter not in files]
+    parameters = {n: p for n, p in model.named_parameters() if not n.endswith(ADAPTERS)}
+    missing = [name for name in parameters if name not in files]
     check(
         not missing, f"{path} cannot be sharded: its files have no tensor {', '.join(missing[:2])}"
     )
     with contextlib.ExitStack() as stack:
         opened = {f: stack.enter_context(safe_open(f, "pt")) for f in set(files.values())}
-        for key, parameter in model.named_parameters():
-            shard, rows = parameter.to_local(), opened[files[key]].get_slice(key)
+        for key, parameter in parameters.items():
+            rows = opened[files[key]].get_slice(key)
             whole = tuple(rows.get_shape())
             check(whole == tuple(parameter.shape), f"{path}: {key} has shape {whole} in the files")
-            first = min(len(parameter), rank() * -(-len(parameter) // num_ranks()))
-            if len(shard) > 0:
-                shard.copy_(rows[first : first + len(shard)])
+            copy_rows(parameter, rows)
+
+
+def copy_rows(parameter: torch.Tensor, whole) -> None:
+    """Fill a parameter, or this rank's rows of it, from a whole tensor (or a slice of a file)."""
+    shard = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    first = 0
+    if isinstance(parameter, DTensor):
+        first = min(len(parameter), rank() * -(-len(parameter) // num_ranks()))
+    if len(shard) > 0:
+        shard.copy_(whole[first : first + len(shard)])
 
 
 def _weight_files(path: str) -> dict[str, str]:
@@ -103,13 +114,6 @@ def full_weight(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return weight.to(dtype)
     local = weight.to_local().to(weight.device_mesh.device_type, dtype)
     return _like(weight, local).full_tensor()
-
-
-def full_weights(model, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each parameter by name, whole and in `dtype`, one at a time: a sharded model is gathered
-    parameter by parameter, never at once. Tied ones come once."""
-    for name, parameter in model.named_parameters():
-        yield name, full_weight(parameter, dtype)
 
 
 def _like(weight: DTensor, local: torch.Tensor) -> DTensor:

@@ -99,12 +99,12 @@ POSITIVE = (
     *("num_steps", "prompts_per_step", "group_size", "max_new_tokens", "max_prompt_tokens"),
     *("temperature", "learning_rate", "max_grad_norm", "micro_batch_tokens", "chunk_size"),
     *("num_epochs", "num_minibatches", "keep_checkpoints", "topk_size"),
-    *("num_problems", "num_samples", "jobs", "gpu_memory_gb", "grade_timeout"),
+    *("num_problems", "num_samples", "jobs", "gpu_memory_gb", "grade_timeout", "lora_alpha"),
 )
 NOT_NEGATIVE = (
     *("seed", "warmup_steps", "weight_decay", "checkpoint_every", "eval_every", "max_refills"),
     *("kl_coef", "clip_low", "clip_high", "importance_cap", "top_k"),
-    *("stop_at_tokens", "stop_at_flops", "overlong_buffer"),
+    *("stop_at_tokens", "stop_at_flops", "overlong_buffer", "lora_rank"),
 )
 
 

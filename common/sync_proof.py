@@ -8,8 +8,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from common.errors import RunFailure
 from common.lm_head import head_logprobs, hidden_states
+from common.lora import weight_names, whole_weight
 from common.ranks import gather
-from common.sharding import device_of, full_weight
+from common.sharding import device_of
 
 # Of the mean |log-prob difference|. bfloat16 rounds a logit of 16 to 32 by up to 0.06, on both
 # sides: 0.04 was seen of a healthy SmolLM2-135M.
@@ -61,7 +62,8 @@ def stale_parameters(engine, model, dtype: torch.dtype) -> tuple[list[str], int]
     qkv_proj, and a vocabulary may be padded. A parameter that cannot be read, since the engine has
     packed it away, is stale.
     """
-    trained, unseen = dict(model.named_parameters()), set(dict(model.named_parameters()))
+    trained = weight_names(model)
+    unseen = set(trained)
     stale = []
     for name, parameter in engine.named_parameters():
         module = name.split(".")[-2]
@@ -71,7 +73,7 @@ def stale_parameters(engine, model, dtype: torch.dtype) -> tuple[list[str], int]
             if part_name not in trained:
                 stale.append(f"{part_name} (not in the model)")
                 continue
-            whole = full_weight(trained[part_name], dtype)
+            whole = whole_weight(model, part_name, dtype)
             expected = part_of_rank(engine.get_submodule(name.rpartition(".")[0]), part, whole)
             actual = parameter[start : start + len(expected)]
             if not same_bits(actual, expected):

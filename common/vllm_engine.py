@@ -16,10 +16,11 @@ import torch.distributed as dist
 from transformers import AutoConfig, GenerationConfig
 
 from common.errors import RunFailure, UserError, check, one_line
+from common.lora import whole_weights
 from common.model import end_ids
 from common.ranks import gather, num_ranks
 from common.rollout import Rollout
-from common.sharding import DTYPES, device_of, full_weights
+from common.sharding import DTYPES, device_of
 from common.sync_proof import (
     WeightSyncError,
     check_canary,
@@ -223,7 +224,7 @@ class VLLMEngine:
 
     def _load(self) -> None:
         try:
-            self._apply(lambda engine: engine.load_weights(full_weights(self.model, self.dtype)))
+            self._apply(lambda engine: engine.load_weights(whole_weights(self.model, self.dtype)))
         except Exception as error:
             raise WeightSyncError(f"vLLM took no new weights: {one_line(error)}") from error
 

@@ -12,8 +12,8 @@ from conftest import generate, prompt_of, torchrun
 import grpo
 from common import vllm_engine as module
 from common.errors import RunFailure, UserError
+from common.lora import whole_weights
 from common.sampler import make_engine
-from common.sharding import full_weights
 from common.start import start
 from common.sync_proof import WeightSyncError, same_bits, stale_parameters
 from common.vllm_engine import resolve_backend
@@ -255,7 +255,7 @@ class Engine(torch.nn.Module):
 
 
 def packed(model, dtype=torch.float32) -> dict[str, torch.Tensor]:
-    tensors = dict(full_weights(model, dtype))
+    tensors = dict(whole_weights(model, dtype))
     for layer in range(2):
         stem = f"model.layers.{layer}.self_attn."
         parts = [tensors.pop(f"{stem}{part}_proj.weight") for part in "qkv"]
@@ -313,18 +313,18 @@ SHARDED = """
 import torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from transformers import Qwen3Config, Qwen3ForCausalLM
-from common.sharding import full_weights
+from common.lora import whole_weights
 from common.sync_proof import same_bits
 
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8)
 model = Qwen3ForCausalLM(Qwen3Config(vocab_size=101, tie_word_embeddings=True, **shape))
-plain = {name: weight.clone() for name, weight in full_weights(model, torch.bfloat16)}
+plain = {name: weight.clone() for name, weight in whole_weights(model, torch.bfloat16)}
 for layer in model.model.layers:
     fully_shard(layer)
 fully_shard(model)
-gathered = dict(full_weights(model, torch.bfloat16))
+gathered = dict(whole_weights(model, torch.bfloat16))
 assert plain.keys() == gathered.keys() and "lm_head.weight" not in plain
 assert all(same_bits(gathered[name], plain[name]) for name in plain)
 if dist.get_rank() == 0:

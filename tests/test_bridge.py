@@ -230,7 +230,7 @@ def test_what_the_user_has_set_is_what_is_planned(capsys):
     eight = gpu | {"gpu_memory_gb": 60.0, "nproc_per_node": 8}
     bridge.main(bridge.Args(**large, **eight, tensor_parallel=1))
     printed = capsys.readouterr().out
-    assert re.search(r"needs \d+ GB of each GPU for vLLM \(16 sequences\)", printed)
+    assert re.search(r"needs \d+ GB of each GPU for vLLM \(8 sequences\)", printed)
 
 
 @pytest.mark.usefixtures("no_network")
@@ -250,7 +250,7 @@ def test_without_a_gpu_the_plan_is_for_one_of_80_gb_and_begins_with_a_table(caps
 
 @pytest.mark.usefixtures("no_network")
 def test_gpus_share_a_vllm_that_one_cannot_hold(capsys):
-    """Qwen3-32B: 66 GB of weights, and 16 sequences of 19,456 tokens take 82 GB."""
+    """Qwen3-32B: 66 GB of weights, and 8 sequences of 19,456 tokens take 41 GB."""
     eight = {"gpu_memory_gb": 80.0, "host_memory_gb": 999.0, "nproc_per_node": 8}
     large = QWEN | {"teacher": "Qwen/Qwen3-32B"}
     bridge.main(bridge.Args(**large, **eight))

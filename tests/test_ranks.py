@@ -128,13 +128,47 @@ def test_offloaded_weights_train_the_same(runs, tmp_path, ranks, flags):
     assert largest_difference(runs["opd"][1], tmp_path / "run") <= 1e-5
 
 
+@pytest.mark.parametrize("script", ["grpo", "fkl_warmup"])
+def test_adapters_train_the_same_on_two_ranks(tmp_path, script):
+    """Frozen weights and trained adapters in one FSDP2 group, with recomputed layers; a checkpoint
+    of one rank goes on with two; the base is what it was."""
+    flags = [*TRAINERS[script], "--lora_rank", "6", "--learning_rate", "1e-3"]
+    for ranks in (1, 2):
+        run(ranks, script, *flags, "--output_dir", tmp_path / str(ranks))
+    assert largest_difference(tmp_path / "1", tmp_path / "2") <= 1e-5
+    shutil.copytree(tmp_path / "1", tmp_path / "cut")
+    (tmp_path / "cut" / "manifest.json").unlink()
+    shutil.rmtree(tmp_path / "cut" / "final")
+    run(2, script, *flags, "--output_dir", tmp_path / "cut")
+    assert largest_difference(tmp_path / "1", tmp_path / "cut") <= 1e-5
+    adapter = "final/adapter/adapter_model.safetensors"
+    one, two = (load_file(tmp_path / name / adapter) for name in ("1", "2"))
+    assert one.keys() == two.keys()
+    base = load_file(ROOT / "toy" / "student" / "model.safetensors")
+    final = load_file(tmp_path / "2" / "final" / "model.safetensors")
+    assert all(torch.equal(base[name], final[name]) for name in base if "proj" not in name)
+
+
+@pytest.mark.parametrize(("ranks", "flags"), [(1, []), (2, []), (1, ["--cpu_offload"])])
+def test_adapters_in_bfloat16(tmp_path, ranks, flags):
+    """The reference is the policy at its start; adapters of float32 move at a small rate."""
+    own = [*SIZES, "--num_steps", "2", "--warmup_steps", "0", "--dtype", "bfloat16", *flags]
+    own += ["--lora_rank", "4", "--learning_rate", "1e-5", "--activation_checkpointing"]
+    run(ranks, "grpo", *own, "--output_dir", tmp_path / "run")
+    assert metrics_of(tmp_path / "run")[0]["policy/kl_ref"] == 0.0
+    adapter = load_file(tmp_path / "run" / "final" / "adapter" / "adapter_model.safetensors")
+    assert all(t.dtype == torch.float32 for t in adapter.values())
+    moved = [t.abs().max() for name, t in adapter.items() if "lora_B" in name]
+    assert all(0 < largest < 1e-4 for largest in moved)
+
+
 LOADED = """
 import sys
 from types import SimpleNamespace
 import torch, torch.distributed as dist
 from transformers import AutoModelForCausalLM
 from common import model as module
-from common.sharding import full_weights
+from common.lora import whole_weights
 
 dist.init_process_group("gloo")
 folder = sys.argv[1]
@@ -144,7 +178,7 @@ for dtype, trainable in (("float32", True), ("bfloat16", False)):
     args = SimpleNamespace(dtype=dtype, cpu_offload=False, activation_checkpointing=False)
     model = module.load_for_training(folder, args, torch.device("cpu"), trainable)
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=kept)
-    expected, loaded = dict(whole.named_parameters()), dict(full_weights(model, kept))
+    expected, loaded = dict(whole.named_parameters()), dict(whole_weights(model, kept))
     assert loaded.keys() == expected.keys()
     assert all(loaded[name].equal(expected[name]) for name in expected)
     buffers = dict(whole.named_buffers())

@@ -19,6 +19,13 @@ from safetensors.torch import load_file
 from common import vllm_engine as module
 from common.errors import RunFailure, UserError
 from common.input_hashes import ROOT
+from common.lora import (
+    add_adapters,
+    layers_of,
+    set_adapters,
+    trained_parameters,
+    weight_names,
+)
 from common.model import load_model
 from common.sampler import make_engine
 from common.sync_proof import CANARY_LIMIT, WeightSyncError, stale_parameters
@@ -97,7 +104,7 @@ def take_a_step(model, lr: float) -> None:
 
 def load_only(engine: VLLMEngine, keep) -> None:
     """A load that forgets the parameters whose name `keep` refuses."""
-    weights = module.full_weights(engine.model, engine.dtype)
+    weights = module.whole_weights(engine.model, engine.dtype)
     kept = [(name, weight) for name, weight in weights if keep(name)]
     engine._apply(lambda model: model.load_weights(kept))
 
@@ -239,6 +246,32 @@ def test_after_a_sync_the_engine_samples_from_the_new_weights(engine, student, t
     assert proof["sync/canary_mean"] <= proof["sync/canary_max"] < 1e-4
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_reach_the_engine_as_a_sum(tokenizer, dtype):
+    """Both proofs hold after each sync, and compare with W + (alpha / R) B A; W stays."""
+    policy = load_model("toy/student", dtype, CPU)
+    add_adapters(policy, 4, alpha=32.0)
+    set_adapters(policy, 0)
+    before = {name: policy.get_parameter(name).clone() for name in weight_names(policy)}
+    engine = engine_of(policy, tokenizer, dtype=dtype)
+    optimizer = torch.optim.AdamW(trained_parameters(policy), lr=1e-2)
+    prompts, greedy = [prompt_ids(tokenizer, 10)], {"max_new_tokens": 24, "temperature": 0.0}
+    for _ in range(3):
+        policy(torch.tensor(prompts)).logits.float().logsumexp(-1).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert len(stale_names(engine)) == len(layers_of(policy))
+        proof = engine.sync()
+        assert proof["sync/parameters"] == len(before)
+    if dtype == "float32":
+        (theirs,) = generate(engine, prompts, 1, **greedy)
+        (ours,) = generate(TorchEngine(policy, tokenizer), prompts, 1, **greedy)
+        assert theirs.completion_ids == ours.completion_ids
+        torch.testing.assert_close(theirs.logprobs, ours.logprobs, atol=1e-4, rtol=0)
+    assert all(torch.equal(before[name], policy.get_parameter(name)) for name in before)
+    assert engine.sync()["sync/parameters"] == len(before)
+
+
 def test_fault_missed_sync_at_a_small_rate_in_bf16(student, tokenizer, monkeypatch):
     """Log-probs cannot show it: the step moves them by less than bfloat16 rounds them."""
     engine = engine_of(student, tokenizer, dtype="bfloat16")
@@ -309,7 +342,7 @@ def test_fault_silent_reload_of_packed_weights(student, tokenizer, packing, monk
         engine_of(student, tokenizer)
 
     def reload(self) -> None:
-        pairs = module.full_weights(self.model, self.dtype)
+        pairs = module.whole_weights(self.model, self.dtype)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
 
     monkeypatch.setattr(VLLMEngine, "_load", reload)

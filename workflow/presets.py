@@ -159,6 +159,27 @@ def fill_in_data(args, toy: bool) -> None:
     args.decontaminate = tuple(dict.fromkeys((*args.benchmarks, *held_out)))
 
 
+# With LoRA a script's rate is so many times the preset's.
+LORA_RATES = {
+    "grpo.py": (10, "LoRA Without Regret (Schulman et al., 2025)"),
+    "fkl_warmup.py": (10, "LoRA Without Regret (Schulman et al., 2025)"),
+    "opd.py": (2, "dense gradients of few tokens"),
+}
+
+
+def with_lora(kind: str, settings: dict[str, Setting], rank: int | None) -> dict[str, Setting]:
+    """--teacher_lora_rank and --student_lora_rank: the rank, and the rate that suits it."""
+    script = KINDS[kind][0]
+    if not rank or script not in LORA_RATES:
+        return settings
+    times, source = LORA_RATES[script]
+    rate = settings.get("learning_rate")
+    lora = {"lora_rank": Setting(rank, source="command line")}
+    if rate is not None:
+        lora["learning_rate"] = ours(rate.value * times, f"{times} times {rate.value:g}: {source}")
+    return settings | lora
+
+
 def preset_of(args) -> Preset:
     """The built-in preset, under the user's file, under the flags of bridge.py."""
     built_in = TOY if args.teacher.startswith("toy/") else REAL
@@ -168,7 +189,8 @@ def preset_of(args) -> Preset:
     for kind, settings in built_in.items():
         known = script_args(kind).__dataclass_fields__
         flags = {n: Setting(v, source="command line") for n, v in chosen.items() if n in known}
-        preset[kind] = settings | from_file.get(kind, {}) | flags
+        rank = args.teacher_lora_rank if kind.startswith("teacher") else args.student_lora_rank
+        preset[kind] = with_lora(kind, settings, rank) | from_file.get(kind, {}) | flags
     return preset
 
 
