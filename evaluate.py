@@ -35,7 +35,7 @@ from common import data
 from common.atomic_files import write_atomic, write_json, write_jsonl, writing
 from common.errors import check
 from common.input_hashes import inputs_of, model_path
-from common.model import check_lengths, load_model, load_tokenizer
+from common.model import check_shapes, load_model, load_tokenizer
 from common.ranks import gather, join_ranks, on_first_rank, rank
 from common.rollout import Rollout, rollout_metrics
 from common.run_folder import claim_folder, lock_folder
@@ -295,7 +295,7 @@ def main(args: Args) -> None:
     check_args(args)
     device = join_ranks(args)
     backend = resolve_backend(args, device)
-    check_lengths(args, args.model)
+    check_shapes(args, args.model)
     tokenizer = load_tokenizer(args.model, chat_template=args.chat_template)
     task = Task(args.task, args.grade_timeout, args.instruction, args.system)
     names = args.benchmarks or (data.default_of(task, "benchmarks"),)

@@ -38,7 +38,7 @@ from common.errors import check
 from common.lm_head import chunked_backward, frozen_hidden_states, head_logprobs
 from common.logprob import token_logprobs
 from common.lora import trained_parameters
-from common.model import check_lengths, load_for_training, load_reference, load_tokenizer
+from common.model import check_shapes, load_for_training, load_reference, load_tokenizer
 from common.ranks import gather, join_ranks, max_over_ranks, sum_dicts_over_ranks, sum_over_ranks
 from common.rollout import Rollout
 from common.run import Run, check_training, mean, start_training
@@ -398,7 +398,7 @@ def main(args: Args) -> None:
     device = join_ranks(args)
     backend = resolve_backend(args, device)
     torch.manual_seed(args.seed)
-    check_lengths(args, args.model)
+    check_shapes(args, args.model)
     tokenizer = load_tokenizer(args.model, chat_template=args.chat_template)
 
     # --- data ---

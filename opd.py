@@ -40,7 +40,7 @@ from common.errors import check
 from common.lm_head import chunked_backward, frozen_hidden_states, head_weight
 from common.logprob import kl_divergence, transfer_metrics
 from common.lora import trained_parameters
-from common.model import check_lengths, load_for_training, load_tokenizer, share_end_ids
+from common.model import check_shapes, load_for_training, load_tokenizer, share_end_ids
 from common.ranks import gather, join_ranks, max_over_ranks, sum_dicts_over_ranks, sum_over_ranks
 from common.rollout import Rollout, load_rollouts
 from common.run import Run, check_training, mean, start_training
@@ -330,7 +330,7 @@ def main(args: Args) -> None:
     device = join_ranks(args)
     backend = resolve_backend(args, device)
     torch.manual_seed(args.seed)
-    check_lengths(args, args.model, args.teacher)
+    check_shapes(args, args.model, args.teacher)
     tokenizer = load_tokenizer(args.model, args.teacher, args.chat_template)
 
     # --- data ---

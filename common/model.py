@@ -129,9 +129,14 @@ def share_end_ids(tokenizer, *models: PreTrainedModel) -> None:
         model.generation_config.eos_token_id = ids
 
 
-def check_lengths(args, *names: str) -> None:
-    """Positions that a model was not made for give nonsense, and no error."""
+def check_shapes(args, *names: str) -> None:
+    """Positions that a model was not made for give nonsense, and no error; adapters may be wider
+    than a layer of the first model, which is trained."""
     length = args.max_prompt_tokens + args.max_new_tokens
+    if getattr(args, "lora_rank", 0):
+        with torch.device("meta"):
+            config = _load(AutoConfig.from_pretrained, names[0])
+            add_adapters(AutoModelForCausalLM.from_config(config), args.lora_rank, args.lora_alpha)
     for name in names:
         limit = _load(AutoConfig.from_pretrained, name).get_text_config().max_position_embeddings
         check(

@@ -372,6 +372,24 @@ def test_a_failing_stage_stops_the_workflow(tmp_path):
     assert ROOT.joinpath("bridge.py").exists()
 
 
+def test_lora_by_kind_of_stage():
+    """The rank goes where it was asked for, with the rate that suits it; the user's own wins."""
+    args = bridge.Args(teacher="Qwen/Qwen3-8B", teacher_lora_rank=32)
+    settings = {stage.name: stage.settings for stage in planned(args)[0]}
+    assert settings["teacher_grpo"]["lora_rank"].value == 32
+    assert settings["teacher_grpo"]["learning_rate"].value == pytest.approx(1e-5)
+    assert "LoRA Without Regret" in settings["teacher_grpo"]["learning_rate"].note
+    assert all("lora_rank" not in settings[name] for name in ("fkl_warmup", "opd", "student_grpo"))
+    args = bridge.Args(teacher="Qwen/Qwen3-8B", student_lora_rank=16)
+    settings = {stage.name: stage.settings for stage in planned(args)[0]}
+    rates = {name: settings[name]["learning_rate"].value for name in settings if "eval" not in name}
+    expected = {"teacher_grpo": 1e-6, "fkl_warmup": 1e-5, "opd": 2e-6, "student_grpo": 1e-5}
+    assert {name: rates[name] for name in expected} == pytest.approx(expected)
+    args = bridge.Args(teacher="Qwen/Qwen3-8B", teacher_lora_rank=32, learning_rate=3e-6)
+    grpo = next(stage for stage in planned(args)[0] if stage.name == "teacher_grpo")
+    assert grpo.settings["learning_rate"].value == 3e-6
+
+
 @pytest.mark.slow
 def test_the_workflow_on_another_task(tmp_path):
     """Every stage, the evaluations and the report; a changed task file is noticed."""

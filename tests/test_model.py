@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from common import saving
 from common.errors import UserError
 from common.input_hashes import ROOT
-from common.model import check_lengths, end_ids, load_model, load_tokenizer, share_end_ids
+from common.model import check_shapes, end_ids, load_model, load_tokenizer, share_end_ids
 from common.torch_engine import TorchEngine
 
 CPU = torch.device("cpu")
@@ -128,6 +128,6 @@ def test_the_type_of_a_models_files(tmp_path):
 
 def test_lengths_beyond_the_models_positions():
     names = ("toy/student", "toy/teacher")
-    check_lengths(SimpleNamespace(max_prompt_tokens=128, max_new_tokens=384), *names)
+    check_shapes(SimpleNamespace(max_prompt_tokens=128, max_new_tokens=384), *names)
     with pytest.raises(UserError, match="are 513 together, and toy/student takes at most 512"):
-        check_lengths(SimpleNamespace(max_prompt_tokens=128, max_new_tokens=385), *names)
+        check_shapes(SimpleNamespace(max_prompt_tokens=128, max_new_tokens=385), *names)

@@ -277,6 +277,9 @@ BAD = [
 ]
 CASES = [(script, *case) for script in TRAINERS for case in BAD] + [
     ("grpo", "--group_size 1", "--group_size 1 has nothing to compare"),
+    ("opd", "--lora_rank 999", "--lora_rank 999 is above the width of layers.0.self_attn.q_proj"),
+    ("grpo", "--lora_rank -1", "--lora_rank is -1; it must be 0 or above"),
+    ("grpo", "--lora_alpha 0", "--lora_alpha is 0.0; it must be above 0"),
     ("grpo", "--num_minibatches 9999", "--num_minibatches 9999 exceeds"),
     ("opd", "--teacher other", "different vocabularies"),
     ("fkl_warmup", "--teacher other", "different vocabularies"),
