@@ -1,6 +1,7 @@
-"""The workflow's fork server, whose children can be told to fail (`fault`: where and when).
+"""The workflow's fork server, whose children can be told to fail (`fault`: where and when), and
+where their stderr goes (`stderr`).
 
-Fifty killed runs do not cost fifty imports.
+Fifty runs do not cost fifty imports.
 """
 
 import os
@@ -43,7 +44,9 @@ def poison(hidden: torch.Tensor) -> torch.Tensor:
 
 
 def plant(job: dict) -> None:
-    if not job["fault"]:
+    if "stderr" in job:
+        os.dup2(os.open(job["stderr"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
+    if not job.get("fault"):
         return
     site, number = job["fault"]
     if site == "time":

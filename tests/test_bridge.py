@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from test_report import planned
-from test_scripts import run
+from test_scripts import run_process as run
 
 import bridge
 from common.errors import RunFailure, UserError

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from test_scripts import SMALL, run
+from test_scripts import SMALL, run_process
 
 from common.errors import RunFailure
 from common.input_hashes import ROOT
@@ -36,7 +36,7 @@ def test_a_forked_stage_ends_like_the_same_command_by_hand(server, tmp_path):
         forked, by_hand = tmp_path / "forked" / script, tmp_path / "by_hand" / script
         code, output = fork(server, ROOT / f"{script}.py", *flags, forked)
         assert code == 0, output
-        assert run(script, *flags, by_hand).returncode == 0
+        assert run_process(script, *flags, by_hand).returncode == 0
         assert f"finished {forked}: 2 steps" in output
         for name in ("final/model.safetensors", "rollouts/step_2.jsonl"):
             assert (forked / name).read_bytes() == (by_hand / name).read_bytes(), name

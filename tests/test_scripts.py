@@ -1,5 +1,6 @@
 """The scripts as users start them: child processes that train, resume, refuse bad input."""
 
+import functools
 import importlib
 import json
 import math
@@ -8,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from safetensors.torch import load_file
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from common.flops import forward_flops
 from common.input_hashes import ROOT
 from common.start import start
+from workflow.fork_server import ForkServer
 
 SMALL = ["--prompts_per_step", "4", "--group_size", "4", "--warmup_steps", "1"]
 TRAINERS = {
@@ -26,7 +29,25 @@ TRAINERS = {
 }
 
 
-def run(script: str, *flags: object, cwd=ROOT) -> subprocess.CompletedProcess:
+@functools.cache
+def fork_server() -> ForkServer:
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    return ForkServer(environment, [str(ROOT / "tests" / "fork_server.py")])
+
+
+def run(script: str, *flags: object) -> subprocess.CompletedProcess:
+    """As run_process, forked from one warm Python (test_fork_server.py: it comes to the same)."""
+    argv = [str(ROOT / f"{script}.py"), *map(str, flags)]
+    with tempfile.NamedTemporaryFile() as errors:
+        process = fork_server().start(argv, cwd=str(ROOT), stderr=errors.name)
+        with process.stdout:
+            output = process.stdout.read().decode()
+        code = process.wait()
+        stderr = errors.read().decode()
+    return subprocess.CompletedProcess(argv, code, output, stderr)
+
+
+def run_process(script: str, *flags: object, cwd=ROOT) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
@@ -384,7 +405,7 @@ def test_bad_input(bad_inputs, monkeypatch, capsys, script, flags, message):
 @pytest.mark.parametrize(("script", "flags", "message"), AS_PROCESSES)
 def test_bad_input_of_a_child_process(bad_inputs, script, flags, message):
     before = stamps(bad_inputs)
-    done = run(script, *flags.split(), cwd=bad_inputs)
+    done = run_process(script, *flags.split(), cwd=bad_inputs)
     check_refusal(bad_inputs, before, done.returncode, done.stderr, message)
 
 
