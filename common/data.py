@@ -113,10 +113,12 @@ def _find_columns(task: Task, source: str, row: dict, renamed: Sequence[str]) ->
     """The column of each name that the task asks for: as --columns says, else the first that there
     is of its usual ones."""
     pairs = [pair.partition("=")[::2] for pair in renamed]
-    known = ", ".join(task.columns) or "none"
+    known = ", ".join(task.columns) or "(none: it defines no columns)"
     for name, column in pairs:
-        message = f"--columns {name}={column}: write NAME=COLUMN, with a name of {known}"
-        check(name in task.columns and column != "", message)
+        message = (
+            f"--columns {name}={column}: write NAME=COLUMN, where task {task.name} has the names "
+        )
+        check(name in task.columns and column != "", message + known)
     columns = dict(pairs)
     for name, usual in task.columns.items():
         asked = [columns[name]] if name in columns else usual
@@ -165,8 +167,8 @@ def load_training_problems(
     clean = {k: row for k, row in other.items() if held_out_ngrams.isdisjoint(ngrams(row))}
     check(
         len(clean) > 0,
-        f"no problem of {source} is left: the others are duplicates with conflicting answers or "
-        f"stand in the evaluation sets ({', '.join(decontaminate)})",
+        f"no problem of {source} is left: all have conflicting answers, stand in the evaluation "
+        f"sets ({', '.join(decontaminate)}) or share {NGRAM_WORDS} words in a row with one of them",
     )
     half = {"1H": 0, "2H": 1}
     kept = [row for key, row in clean.items() if split == "all" or int(key, 16) % 2 == half[split]]
@@ -267,8 +269,8 @@ def evaluation_source(task: Task, args) -> list[str]:
 def default_of(task: Task, kind: str) -> str:
     """The first of a task's datasets or benchmarks."""
     known = getattr(task, kind)
-    flag = {"datasets": "--dataset", "benchmarks": "--eval_dataset or --benchmarks"}[kind]
-    check(len(known) > 0, f"task {task.name} names no {kind}; set {flag}")
+    flag = {"datasets": "--dataset", "benchmarks": "--benchmarks (or a trainer's --eval_dataset)"}
+    check(len(known) > 0, f"task {task.name} names no {kind}; set {flag[kind]}")
     return next(iter(known))
 
 

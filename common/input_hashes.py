@@ -23,9 +23,9 @@ def inputs_of(args) -> dict[str, str | None]:
     for name in ("decontaminate", "benchmarks"):
         sources += getattr(args, name, None) or ()
     prints = {f"{flag}_fingerprint": of_model(name) for flag, name in models.items() if name}
-    prints["task_fingerprint"] = of_task(args.task)
+    prints[f"{args.task} fingerprint"] = of_task(args.task)
     if args.chat_template:
-        prints["chat_template_fingerprint"] = of_source(args.chat_template)
+        prints[f"{args.chat_template} fingerprint"] = of_source(args.chat_template)
     return prints | {f"{source} fingerprint": of_source(source) for source in sources if source}
 
 

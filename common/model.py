@@ -64,6 +64,12 @@ def load_tokenizer(
     tokenizer = _load(AutoTokenizer.from_pretrained, name)
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
+        try:
+            prompt_text(tokenizer, [{"role": "user", "content": "1+1"}])
+        except Exception as error:  # what a template raises is its own affair
+            reason = one_line(error)
+            message = f"--chat_template {chat_template} cannot be used: {reason}"
+            raise UserError(message) from error
     theirs = None if teacher is None else _load(AutoTokenizer.from_pretrained, teacher)
     if theirs is not None and tokenizer.chat_template is None:
         print(f"{name} has no chat template: it is trained on that of {teacher}")

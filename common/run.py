@@ -24,7 +24,7 @@ from common.run_folder import claim_folder, lock_folder
 from common.saving import file_dtype, save_final
 from common.start import STOP, Stopped, check_ranges, start
 
-WATCHED = ("rollout/accuracy", "rollout/length", "loss/total")  # what the progress bar shows
+WATCHED = ("rollout/reward", "rollout/length", "loss/total")  # what the progress bar shows
 
 
 @dataclasses.dataclass

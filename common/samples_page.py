@@ -1,6 +1,7 @@
 """The page on which a person reads completions with their verdicts."""
 
 import html
+from statistics import fmean
 
 from common.rollout import Rollout
 
@@ -30,9 +31,11 @@ def samples_page(title: str, benchmarks: dict[str, list[Rollout]], num_samples: 
         parts.append(f"<h2>{html.escape(name)}: {count}</h2>\n")
         for problem in listed:
             group = rollouts[problem * num_samples : (problem + 1) * num_samples]
-            right = sum(rollout.verdict.correct for rollout in group)
+            right = f"{sum(rollout.verdict.correct for rollout in group)}/{num_samples} right"
+            if any(rollout.verdict.outcome == "partial" for rollout in group):
+                right += f", mean reward {fmean(r.verdict.reward for r in group):.2f}"
             parts.append(
-                f"<details><summary>{right}/{num_samples} right: "
+                f"<details><summary>{right}: "
                 f"{html.escape(group[0].problem.text)}</summary>\n<p>gold answer: "
                 f"<code>{html.escape(group[0].problem.gold)}</code></p>\n"
             )

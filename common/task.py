@@ -62,7 +62,8 @@ class Task:
         system: str | None = None,
     ):
         self.name, self.file = name, task_path(name)
-        check(self.file.is_file(), f"task {name} does not exist; give math or a .py file")
+        is_task = self.file.is_file() and self.file.suffix == ".py"
+        check(is_task, f"there is no task {name}; give math or a .py file")
         self.pool = WorkerPool(self.file)
         about = on_first_rank(self.pool.about)
         self.pool.timeout_s = about["grade_timeout"] if timeout_s is None else timeout_s
@@ -80,7 +81,11 @@ class Task:
 
     def problems(self, rows: list[dict], source: str) -> list[Problem]:
         """Rows, one at least, as problems. Raises UserError for one that prompt() cannot take."""
-        replies = on_first_rank(lambda: self.pool.call("describe", [[row] for row in rows]))
+        first = on_first_rank(lambda: self.pool.call("describe", [rows[:1]]))  # if it hangs, once
+        if first[0].kind != "value":
+            rows = rows[:1]
+        others = on_first_rank(lambda: self.pool.call("describe", [[row] for row in rows[1:]]))
+        replies = first + others
         problems = []
         for number, (row, reply) in enumerate(zip(rows, replies, strict=True), 1):
             where = f"{source}, row {number}"
@@ -109,7 +114,16 @@ class Task:
 
         rows = [problem.row for problem in problems]
         replies = on_first_of_host(grade_all, list(zip(completions, rows, strict=True)))
-        return [self._verdict(*pair) for pair in zip(replies, problems, strict=True)]
+        verdicts = [self._verdict(*pair) for pair in zip(replies, problems, strict=True)]
+        self._warn(verdicts)
+        return verdicts
+
+    def _warn(self, verdicts: list[Verdict]) -> None:
+        """Of a grader that fails at most completions: nothing would be learned, and no one told."""
+        failed = [verdict for verdict in verdicts if verdict.outcome in ("timeout", "crash")]
+        if len(failed) > max(1, len(verdicts) / 2):
+            what = failed[0].message or f"no grade within {self.pool.timeout_s:g} s"
+            print(f"task {self.name}: {len(failed)} of {len(verdicts)} grades failed ({what})")
 
     def _verdict(self, reply: Reply, problem: Problem) -> Verdict:
         if reply.kind == "misuse":

@@ -101,6 +101,7 @@ class _Channel:
 
 
 channel: _Channel | None = None
+task_file = Path()
 
 
 @contextlib.contextmanager
@@ -114,8 +115,8 @@ def untimed():
 
 
 def work(file: Path, memory_mb: int, scratch: str) -> None:
-    global channel
-    channel = _Channel()
+    global channel, task_file
+    channel, task_file = _Channel(), file
     sys.path[0] = str(ROOT)  # "" would be the scratch folder
     os.chdir(scratch)
     limits = [(resource.RLIMIT_FSIZE, MAX_FILE_BYTES), (resource.RLIMIT_CORE, 0)]
@@ -147,12 +148,13 @@ def work(file: Path, memory_mb: int, scratch: str) -> None:
 
 
 def said(error: BaseException) -> str:
-    """An exception in one line, with the function that it came from."""
+    """An exception in one line, with the function of the task file that it came from."""
     if isinstance(error, Misuse):
         return str(error)
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"(in {last.name}, line {last.lineno} of {Path(last.filename).name})"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]} {where}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == str(task_file)]
+    where = f" (in {own[-1].name}, line {own[-1].lineno} of {task_file.name})" if own else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
 
 
 def load(file: Path):
@@ -170,7 +172,13 @@ def load(file: Path):
 
 def about(task) -> dict:
     """What the task file says beside its functions: where its data lie, what its columns are."""
-    known = {name: dict(getattr(task, name, {})) for name in ("datasets", "benchmarks", "columns")}
+    known = {name: getattr(task, name, {}) for name in ("datasets", "benchmarks", "columns")}
+    for name, named in known.items():
+        if not isinstance(named, dict):
+            raise Misuse(f"its {name} are no dictionary of names")
+    for name, usual in known["columns"].items():
+        if isinstance(usual, str) or not usual:
+            raise Misuse(f"its columns[{name!r}] is no list of names")
     instruction = getattr(task, "instruction", "")
     if not isinstance(instruction, str):
         raise Misuse("its instruction is no text")
@@ -188,8 +196,8 @@ def describe(task, row: dict) -> dict:
     messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
     if not _are_messages(messages):
         raise Misuse(
-            f"prompt(row) returned {asked!r:.60}; it must return a text, or a list of messages "
-            "(role and content), the last one the user's"
+            f"prompt(row) returned {asked!r:.60}; it must return a text, not empty, or a list of "
+            "messages (role and content), the last one the user's"
         )
     key = identify(task, messages[-1]["content"].strip())
     gold = task.gold(row) if hasattr(task, "gold") else ""

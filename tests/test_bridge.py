@@ -411,4 +411,4 @@ def test_the_workflow_on_another_task(tmp_path):
     task.write_text(task.read_text() + "\n# changed\n")
     changed = run("bridge", *flags)
     assert changed.returncode == 2
-    assert "finished with other files (task_fingerprint)" in changed.stderr
+    assert "countdown.py fingerprint)" in changed.stderr

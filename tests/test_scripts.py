@@ -281,13 +281,15 @@ BAD = [
     ("--model no/such/model --learning_rate 1e-6", "neither a local folder nor a hub id"),
     ("--dataset columns.jsonl", "no column problem or question or prompt"),
     ("--dataset empty.jsonl", "is empty"),
-    ("--task no.py", "task no.py does not exist; give math or a .py file"),
+    ("--task no.py", "there is no task no.py; give math or a .py file"),
+    ("--task good.jsonl", "there is no task good.jsonl; give math or a .py file"),
     ("--task ungraded.py --dataset good.jsonl", "ungraded.py: it has no function grade(completi"),
     ("--task words.py --dataset good.jsonl", "good.jsonl, row 1: task words.py: KeyError: 'word'"),
     ("--task words.py", "task words.py names no datasets; set --dataset"),
     ("--task generous.py --dataset good.jsonl --num_steps 1", "returned 2; it must return a numb"),
     ("--grade_timeout 0", "--grade_timeout is 0.0; it must be above 0"),
     ("--chat_template no.jinja", "cannot read --chat_template no.jinja"),
+    ("--chat_template broken.jinja", "--chat_template broken.jinja cannot be used"),
     ("--dataset missing.jsonl", "does not exist"),
     ("--max_prompt_tokens 5", "every prompt is over --max_prompt_tokens 5"),
     ("--group_size -1", "--group_size is -1; it must be above 0"),
@@ -365,6 +367,7 @@ def bad_inputs(tmp_path_factory):
     (folder / "torn" / "results.json").write_text('{"args": {"model": "toy/tea')
     asks = "def prompt(row): return row['problem']\n"
     grades = "def grade(completion, row): return 2\n"
+    (folder / "broken.jinja").write_text("{% for message in %}")
     for name, code in (("ungraded", asks), ("words", asks + grades), ("generous", asks + grades)):
         code = code.replace("problem", "word") if name == "words" else code
         (folder / f"{name}.py").write_text(code)

@@ -84,6 +84,8 @@ def test_a_task_of_ten_lines(tmp_path):
         ("import os; os._exit(3)", "own.py: importing it ends its process"),
         ("import sys; sys.exit(3)", "own.py: SystemExit"),
         ("instruction = 3\n" + GOOD, "its instruction is no text"),
+        ("datasets = ['a.jsonl']\n" + GOOD, "its datasets are no dictionary of names"),
+        ("columns = {'word': 'text'}\n" + GOOD, r"its columns\['word'\] is no list of names"),
         ("grade_timeout = 0\n" + GOOD, "its grade_timeout is no number of seconds"),
     ],
 )
@@ -93,7 +95,7 @@ def test_files_that_are_no_task(tmp_path, code, message):
 
 
 def test_a_task_that_is_not_there():
-    with pytest.raises(UserError, match="task no.py does not exist; give math or a .py file"):
+    with pytest.raises(UserError, match="there is no task no.py; give math or a .py file"):
         Task("no.py")
 
 
