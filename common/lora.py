@@ -42,11 +42,9 @@ class LoRALinear(nn.Linear):
 
     def merged(self, dtype: torch.dtype) -> torch.Tensor:
         """W + (alpha / R) B A, whole."""
-        weight, a, b = (full_weight(p, torch.float32) for p in self.parameters_of_the_sum())
+        parameters = (self.weight, self.lora_A, self.lora_B)
+        weight, a, b = (full_weight(parameter, torch.float32) for parameter in parameters)
         return torch.addmm(weight, b, a, alpha=self.scale).to(dtype)
-
-    def parameters_of_the_sum(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
-        return self.weight, self.lora_A, self.lora_B
 
 
 def layers_of(model) -> dict[str, LoRALinear]:

@@ -111,6 +111,7 @@ class WorkerPool:
         self.file, self.timeout_s = file, timeout_s
         self.num_workers, self.memory_mb = num_workers, memory_mb
         self._workers: list[_Worker] = []
+        self._tried_again: set[int] = set()  # indices of the calls of this batch
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -130,7 +131,7 @@ class WorkerPool:
         """The replies of function(*a) for each a of `arguments`, in order."""
         with self._guarded():
             replies: dict[int, Reply] = {}
-            self._tried_again: set[int] = set()
+            self._tried_again.clear()
             pending = deque(range(len(arguments)))
             while len(replies) < len(arguments):
                 self._fill(len(arguments) - len(replies))
