@@ -17,7 +17,7 @@ The last two are not in the paper: there labels are matched and compute is not. 
 share run once. Each stage is a child process whose printed command line can be run by itself; it
 leaves a manifest and is skipped on the next call. At the end OUTPUT_DIR gets report.md, report.png
 and results.json. What only the workflow needs is in workflow/: presets (the settings and their
-sources), routes, stages, machine (what fits it), processes, report, figure, paper.
+sources), routes, stages, machine (what fits it), processes, report, figure, paper_results.
 
     python bridge.py                                             # the toy, on a CPU, in minutes
     python bridge.py --routes all --seeds 1 2 3 --jobs 2         # a study
@@ -45,11 +45,11 @@ class Args:
     teacher: str = "toy/teacher"
     """the large model: a local folder or a hub id"""
     student: str | None = None
-    """the small model; default: toy/student, or Qwen/Qwen3-1.7B for a larger Qwen3"""
+    """the small model; default: toy/student, or the paper's for Qwen3 and Llama-3.3-70B-Instruct"""
     output_dir: str | None = None
     """where everything is written; default: runs/bridge-TEACHER"""
-    routes: tuple[Literal[*ROUTES, "all"], ...] = ("half", "cold")
-    """what to run and compare (listed above)"""
+    routes: tuple[Literal[*ROUTES, "paper", "all"], ...] = ("half", "cold")
+    """what to run and compare (listed above); paper: those that it reports for this teacher"""
     seeds: tuple[int, ...] = (0,)
     """every trained stage is repeated with each"""
     jobs: int = 1

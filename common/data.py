@@ -15,6 +15,7 @@ from pathlib import Path
 from common.errors import UserError, check, one_line
 from common.task import Problem, Task
 
+DATE = "26 Jul 2024"  # Llama 3's template writes today's: prompts would change from day to day
 NGRAM_WORDS = 13  # so many words in common with a benchmark's problem are no accident,
 TEMPLATE = 3  # unless they stand in so many of its problems
 
@@ -208,7 +209,11 @@ class Prompt:
 def prompt_text(tokenizer, messages: Sequence[dict], thinking: bool = False) -> str:
     """The chat template over messages, ready for the assistant's turn."""
     return tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, tokenize=False, enable_thinking=thinking
+        list(messages),
+        add_generation_prompt=True,
+        tokenize=False,
+        enable_thinking=thinking,
+        date_string=DATE,
     )
 
 

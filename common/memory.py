@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from common.errors import check
 from common.input_hashes import model_path
@@ -32,9 +32,13 @@ GRAPHS = 1 * GB  # vLLM's CUDA graphs: an allowance too
 SEQUENCES = 8  # whole ones in vLLM's cache, of which most are shorter: with fewer it samples slowly
 FIXED = 2 * GB  # CUDA context, communication buffers, fragmentation: an allowance, not measured
 
-# For a plan without the network.
-QWEN3_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads")
-QWEN3_FIELDS += ("num_key_value_heads", "intermediate_size", "tie_word_embeddings")
+# For a plan without the network, which gated models need in any case.
+FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+FIELDS += ("num_key_value_heads", "intermediate_size", "tie_word_embeddings")
+LLAMA3 = {
+    "meta-llama/Llama-3.1-8B-Instruct": (4096, 32, 32, 8, 14336, False),
+    "meta-llama/Llama-3.3-70B-Instruct": (8192, 80, 64, 8, 28672, False),
+}
 QWEN3 = {
     "Qwen/Qwen3-0.6B": (1024, 28, 16, 8, 3072, True),
     "Qwen/Qwen3-1.7B": (2048, 28, 16, 8, 6144, True),
@@ -58,6 +62,7 @@ class Shape:
     inner: int  # width of the MLP
     qk: int  # width of queries and keys together
     kv: int  # width of keys and values together
+    kv_heads: int
     qk_norm: bool
 
     @property
@@ -74,7 +79,7 @@ class Shape:
 
 @cache
 def shape_of(name: str) -> Shape | None:
-    """From the model's config.json, here or in the hub's cache, or a known Qwen3; else None."""
+    """From the model's config.json, here or in the hub's cache, or of a known name; else None."""
     try:
         config = config_of(name)
         return config and shape_of_config(config)
@@ -86,9 +91,10 @@ def config_of(name: str):
     path = model_path(name)
     if (Path(path) / "config.json").exists() or try_to_load_from_cache(path, "config.json"):
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    if name in QWEN3:
-        fields = dict(zip(QWEN3_FIELDS, QWEN3[name], strict=True))
-        return Qwen3Config(vocab_size=151_936, head_dim=128, **fields)
+    for known, config, vocab in ((QWEN3, Qwen3Config, 151_936), (LLAMA3, LlamaConfig, 128_256)):
+        if name in known:
+            fields = dict(zip(FIELDS, known[name], strict=True))
+            return config(vocab_size=vocab, head_dim=128, **fields)
     return None
 
 
@@ -109,6 +115,7 @@ def shape_of_config(config) -> Shape:
         inner=config.intermediate_size,
         qk=heads * head_size + kv,
         kv=2 * kv,
+        kv_heads=config.num_key_value_heads,
         qk_norm=any("q_norm" in name for name, _ in layer.named_modules()),
     )
 
@@ -221,7 +228,8 @@ def smallest_engine(args, sampled: Shape) -> float:
     length = args.max_prompt_tokens + args.max_new_tokens
     cache = SEQUENCES * length * sampled.layers * sampled.kv
     forward = batched_tokens(args) * (2 * sampled.inner + sampled.qk)
-    parted = c * (sampled.params + cache + forward) / args.tensor_parallel
+    parted = c * (sampled.params + forward) / args.tensor_parallel
+    parted += c * cache / min(args.tensor_parallel, sampled.kv_heads)  # no head is divided
     residual = 4 * c * batched_tokens(args) * sampled.hidden
     # Logits, probabilities and log-probs in float32, and counts in int32.
     sampler = 4 * 4 * MAX_NUM_SEQS * sampled.vocab

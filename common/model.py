@@ -38,6 +38,9 @@ def _find(name: str) -> str:
         if try_to_load_from_cache(path, "config.json") is None:
             HfApi().model_info(path, timeout=20)
     except Exception as error:  # a dozen types; each of them means that there is no model
+        refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
+        hint = "accept its licence on its page of the hub, and log in: hf auth login"
+        check(not refused, f"model {name} is gated, or does not exist: {hint}")
         reason = one_line(error)
         message = f"model {name} is neither a local folder nor a hub id that answers ({reason})"
         raise UserError(message) from error

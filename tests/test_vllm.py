@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import SEED, generate, prompt_of, tiny_model
+from llama import make_llama
 from safetensors.torch import load_file
 
 from common import vllm_engine as module
@@ -502,3 +503,20 @@ def test_engines_inside_ranks(one_rank, tmp_path, tensor_parallel):
     assert set(Path("/dev/shm").glob("*cpushm*")) == shared_memory
     a, b = (load_file(run / "final" / "model.safetensors") for run in (folder, tmp_path / "run"))
     assert max(((a[name] - b[name]).norm() / a[name].norm()).item() for name in a) < 1e-4
+
+
+@pytest.mark.parametrize(("tensor_parallel", "kv_heads"), [(1, 2), (2, 2), (2, 1)])
+def test_engines_of_llama(tmp_path, tensor_parallel, kv_heads):
+    """Scaled rotations, an untied head; two ranks that share an engine hold a key-value head each,
+    or the same one, as 16 ranks do of Llama's 8."""
+    teacher = make_llama(tmp_path / "teacher", 64, seed=0)
+    student = make_llama(tmp_path / "student", 64, seed=1, kv_heads=kv_heads)
+    flags = ["--model", student, "--teacher", teacher, "--learning_rate", "1e-3"]
+    flags += ["--backend", "vllm", "--enforce_eager", "--max_prompt_tokens", "512"]
+    flags += ["--max_new_tokens", "16", "--tensor_parallel", str(tensor_parallel)]
+    rows = run_opd(tmp_path / "run", 2, *flags)
+    held = load_file(f"{student}/model.safetensors")
+    assert all(row["sync/parameters"] == len(held) for row in rows)
+    assert all(row["sync/canary_max"] < CANARY_LIMIT[torch.float32] for row in rows)
+    trained = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    assert any(not torch.equal(held[name], trained[name]) for name in held)

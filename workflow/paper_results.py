@@ -1,5 +1,6 @@
 """What the paper (arXiv 2605.12483) claims and reports, by the rows of our report (route/stage)."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -32,10 +33,9 @@ CLAIMS = (
     Claim("cold GRPO at equal FLOPs < RL-teacher bridge", EQUAL_FLOPS, FULL, CONTROL),
 )
 
-# Student Qwen3-1.7B: row -> avg@16 on BENCHMARKS, with each of TEACHERS.
 BENCHMARKS = ("math500", "aime24", "aime25")
-TEACHERS = ("Qwen3-8B", "Qwen3-14B")
-RESULTS = {
+# Student Qwen3-1.7B: row -> avg@16 on BENCHMARKS, with each of the two teachers.
+QWEN3 = {
     "models/full_teacher_grpo": ((88.4, 47.7, 36.7), (89.5, 47.1, 39.0)),
     COLD: ((75.9, 19.8, 17.1), (75.9, 19.8, 17.1)),
     FULL: ((79.3, 25.2, 20.2), (78.6, 24.6, 20.8)),
@@ -49,12 +49,22 @@ RESULTS = {
     RAW: ((71.5, 15.0, 10.6), (72.8, 16.7, 13.5)),
     SAME_SIZE: ((76.5, 20.6, 17.1), (76.5, 20.6, 17.1)),
 }
+# Table 8, student Llama-3.1-8B-Instruct.
+LLAMA = {COLD: (59.8, 12.5, 7.2), RAW: (55.4, 8.8, 3.1), FULL: (62.1, 14.9, 9.2)}
+RESULTS = {
+    ("Qwen3-8B", "Qwen3-1.7B"): {row: values[0] for row, values in QWEN3.items()},
+    ("Qwen3-14B", "Qwen3-1.7B"): {row: values[1] for row, values in QWEN3.items()},
+    ("Llama-3.3-70B-Instruct", "Llama-3.1-8B-Instruct"): LLAMA,
+}
 
 
 def results_of(teacher: str, student: str) -> dict[str, dict[str, float]]:
     """Row -> benchmark -> the paper's accuracy in %; empty for models that it does not report."""
-    name = teacher.rpartition("/")[2]
-    if student.rpartition("/")[2] != "Qwen3-1.7B" or name not in TEACHERS:
-        return {}
-    results = {row: by_teacher[TEACHERS.index(name)] for row, by_teacher in RESULTS.items()}
+    results = RESULTS.get((teacher.rpartition("/")[2], student.rpartition("/")[2]), {})
     return {row: dict(zip(BENCHMARKS, values, strict=False)) for row, values in results.items()}
+
+
+def routes_of(teacher: str, known: Iterable[str]) -> list[str]:
+    """--routes paper: those that the paper reports for this teacher's family, of all `known`."""
+    rows = LLAMA if "llama" in teacher.lower() else QWEN3
+    return [route for route in known if any(row.startswith(f"{route}/") for row in rows)]

@@ -132,13 +132,21 @@ OVERRIDES = (
 )
 
 
+# Teacher, or how its name begins -> the student that the paper (or the toy) pairs it with.
+STUDENTS = {
+    "toy/": "toy/student",
+    "Qwen/Qwen3-": "Qwen/Qwen3-1.7B",
+    "meta-llama/Llama-3.3-70B-Instruct": "meta-llama/Llama-3.1-8B-Instruct",
+}
+
+
 def fill_in(args) -> None:
     """Set the flags of bridge.py whose default follows from the teacher."""
     toy = args.teacher.startswith("toy/")
     if args.student is None:
-        known = toy or args.teacher.startswith("Qwen/Qwen3-")
-        check(known, f"there is no default student for teacher {args.teacher}; set --student")
-        args.student = "toy/student" if toy else "Qwen/Qwen3-1.7B"
+        students = [s for family, s in STUDENTS.items() if args.teacher.startswith(family)]
+        check(students, f"there is no default student for teacher {args.teacher}; set --student")
+        args.student = students[0]
     args.backend = "torch" if toy and args.backend == "auto" else args.backend
     fill_in_data(args, toy)
     if args.chat_template is None and lacks_chat_template(args.student):

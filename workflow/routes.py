@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 from common.errors import check
 from workflow.machine import Machine, settings_that_fit
+from workflow.paper_results import routes_of
 from workflow.presets import KINDS, Preset, Setting, ours
 from workflow.stages import Stage
 
@@ -201,7 +202,11 @@ def plan(args, preset: Preset, machine: Machine) -> tuple[list[Stage], list[Eval
     planned = Workflow(args, preset, machine)
     for title, model in ((STUDENT, args.student), (TEACHER, args.teacher)):
         planned.evaluate("models", title.replace(" ", "_"), title, None, model)
+    names = dict.fromkeys(args.routes)
+    if "paper" in names:
+        names |= dict.fromkeys(routes_of(args.teacher, ROUTES))
+    names = ROUTES if "all" in names else [name for name in names if name != "paper"]
     for seed in args.seeds:
-        for name in ROUTES if "all" in args.routes else args.routes:
+        for name in names:
             planned.train(ROUTES[name].last, seed)
     return list(planned.stages.values()), planned.evaluations
