@@ -32,12 +32,13 @@ from typing import Literal
 
 from common.errors import check
 from common.start import check_ranges, start
+from workflow.budget import print_budget
 from workflow.machine import FIT_HEADER, check_fit, find_machine
 from workflow.presets import fill_in, preset_of
 from workflow.processes import run_stages
 from workflow.report import markdown, write_report
 from workflow.routes import ROUTES, plan
-from workflow.stages import print_budget, print_plan
+from workflow.stages import print_plan
 
 
 @dataclass
@@ -88,6 +89,13 @@ class Args:
     """of each GPU; default: what is there (set it to plan for other machines with --dry_run)"""
     host_memory_gb: float | None = None
     """of this machine; default: what is there"""
+
+    tokens_per_second: tuple[float, float] | None = None
+    """what a GPU samples of teacher and of student, for hours in the budget (with the next two)"""
+    gpu_tflops: float | None = None
+    """what a GPU can do at most"""
+    mfu: float | None = None
+    """the share of it that updates use"""
 
     preset: str | None = None
     """a JSON file of settings, laid over those that fit the teacher (workflow/presets.py)"""
@@ -143,6 +151,7 @@ def main(args: Args) -> None:
     print("".join(f"{line}\n" for line in details), end="")
     if args.dry_run:
         print_plan(stages, preset)
+        print_budget(stages, args, machine.all_ranks)
         print("".join(f"\nthis would not run: {problem}" for problem in problems))
         return
     began = time.perf_counter()
@@ -151,7 +160,7 @@ def main(args: Args) -> None:
     else:
         hint = "; use more GPUs, smaller models or another --output_dir"
         check(not problems, "; ".join(problems) + hint)
-        print_budget(stages)
+        print_budget(stages, args, machine.all_ranks)
         run_stages(stages, args.jobs, machine.forks)
     if args.node_rank == 0:
         write_report(Path(args.output_dir), args, evaluations)

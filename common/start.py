@@ -100,6 +100,7 @@ POSITIVE = (
     *("temperature", "learning_rate", "max_grad_norm", "micro_batch_tokens", "chunk_size"),
     *("num_epochs", "num_minibatches", "keep_checkpoints", "topk_size"),
     *("num_problems", "num_samples", "jobs", "gpu_memory_gb", "grade_timeout", "lora_alpha"),
+    *("gpu_tflops", "mfu"),
 )
 NOT_NEGATIVE = (
     *("seed", "warmup_steps", "weight_decay", "checkpoint_every", "eval_every", "max_refills"),

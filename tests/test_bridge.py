@@ -8,13 +8,17 @@ import socket
 from types import SimpleNamespace
 
 import pytest
+import torch
 from test_report import planned
 from test_scripts import run_process as run
 
 import bridge
 from common.errors import RunFailure, UserError
+from common.flops import forward_flops
 from common.input_hashes import ROOT
+from common.model import load_model
 from workflow import machine, processes
+from workflow.budget import most_flops
 from workflow.presets import preset_of, script_args
 from workflow.routes import ROUTES
 from workflow.stages import Stage
@@ -49,7 +53,7 @@ def test_the_plan_for_the_real_models_needs_nothing(capsys, tmp_path, monkeypatc
     assert teacher_grpo[teacher_grpo.index("--learning_rate") + 1] == "1e-06"
     for source in ("paper", "authors' scripts", "ours: the paper's 10 epochs of a half"):
         assert re.search(rf"^teacher_grpo .* {source}", printed, re.MULTILINE)
-    assert "token budget" in printed
+    assert "# budget: at most\n" in printed
     assert list(tmp_path.iterdir()) == []
 
 
@@ -370,6 +374,43 @@ def test_a_failing_stage_stops_the_workflow(tmp_path):
     assert "to retry: python grpo.py" in message
     assert not (tmp_path / "out" / "seed_0" / "fkl_warmup").exists()
     assert ROOT.joinpath("bridge.py").exists()
+
+
+def test_the_budget_counts_as_training_does(monkeypatch):
+    """FLOPs of a forward pass as common.flops has them, but for norms; passes of each trainer."""
+    args = bridge.Args(num_minibatches=1)
+    stages = {stage.name: stage for stage in planned(args)[0]}
+    for name, model, passes in (
+        ("opd", "toy/student", 3),
+        ("student_grpo", "toy/student", 3),  # no reference: kl_coef is 0 in the toy's preset
+    ):
+        own = stages[name].args()
+        lengths = [(own.max_prompt_tokens, own.max_new_tokens)] * own.group_size
+        loaded = load_model(model, "float32", torch.device("cpu"))
+        groups = own.num_steps * own.prompts_per_step
+        sampling, update = most_flops(stages[name])
+        once = groups * forward_flops(loaded, lengths)
+        assert sampling == pytest.approx(
+            groups * forward_flops(loaded, lengths, own.group_size), rel=0.03
+        )
+        if name == "opd":
+            teacher = load_model("toy/teacher", "float32", torch.device("cpu"))
+            update -= groups * forward_flops(teacher, lengths)
+        assert update == pytest.approx(passes * once, rel=0.03)
+
+
+def test_hours_at_stated_rates(capsys):
+    own = {"teacher": "Qwen/Qwen3-8B", "dry_run": True, "gpu_memory_gb": 80, "nproc_per_node": 8}
+    rates = {"tokens_per_second": (1000.0, 4000.0), "gpu_tflops": 989.0, "mfu": 0.4}
+    bridge.main(bridge.Args(**own, **rates, host_memory_gb=4000))
+    printed = capsys.readouterr().out.partition("# budget: at most, at the stated rates")[2]
+    lines = re.findall(r"^(\w+) .* ([\d,.]+) GPU-hours$", printed, re.MULTILINE)
+    hours = {name: float(value.replace(",", "")) for name, value in lines}
+    assert set(hours) == {"teacher_grpo", "fkl_warmup", "opd", "student_grpo", "cold"}
+    assert hours["teacher_grpo"] > 11_072_962_560 / 1000 / 3600
+    assert hours["student_grpo"] > 11_072_962_560 / 4000 / 3600
+    (total,) = re.findall(r"^all +([\d,]+) GPU-hours", printed, re.MULTILINE)
+    assert float(total.replace(",", "")) == pytest.approx(sum(hours.values()), rel=1e-3)
 
 
 def test_lora_by_kind_of_stage():

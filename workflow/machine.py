@@ -15,8 +15,9 @@ import torch
 from common import memory
 from common.errors import UserError, check
 from common.memory import GB
+from workflow.budget import most_tokens
 from workflow.presets import Setting, ours
-from workflow.stages import Stage, most_tokens
+from workflow.stages import Stage
 
 USABLE = 0.9  # of a GPU: the plan is a computation
 ABSENT_GPU = 80 * GB  # what --dry_run plans for where there is none

@@ -122,7 +122,7 @@ _tokenizer_of = cache(load_tokenizer)  # many stages have one
 
 
 def print_plan(stages: list[Stage], preset: Preset) -> None:
-    """Each command, then each setting with its source, then the budget."""
+    """Each command, then each setting with its source."""
     for stage in stages:
         print(f"\n# {stage.name}\n{stage.command}")
     print("\n# settings and who chose them; what is not listed is the script's default")
@@ -137,20 +137,3 @@ def print_plan(stages: list[Stage], preset: Preset) -> None:
         for name, setting in settings.items()
     ]
     print("\n".join(dict.fromkeys(lines)))  # a kind's settings once
-    print_budget(stages)
-
-
-def print_budget(stages: list[Stage]) -> None:
-    """What the training stages can generate at most."""
-    print("\n# token budget: at most")
-    for stage in stages:
-        if stage.script != "evaluate.py":
-            completions, tokens = most_tokens(stage)
-            print(f"{stage.name:22} {completions:>11,} completions {tokens:>18,} tokens")
-
-
-def most_tokens(stage: Stage) -> tuple[int, int]:
-    """Completions and tokens that a training stage can generate."""
-    args = stage.args()
-    completions = args.num_steps * args.prompts_per_step * args.group_size
-    return completions, completions * args.max_new_tokens
