@@ -161,6 +161,11 @@ class Plan:
         return "\n".join(lines)
 
 
+def moved_parameters(args, shape: Shape) -> int:
+    """How many parameters a trainer changes: those of a model, or of its adapters."""
+    return args.lora_rank * shape.lora * shape.layers if args.lora_rank else shape.params
+
+
 def plan(
     args,
     trained: Shape,
@@ -174,7 +179,7 @@ def plan(
     c = {"float32": 4, "bfloat16": 2}[args.dtype]
     sharded = ranks > 1 or args.cpu_offload or c == 2
     home = "host" if args.cpu_offload else "device"
-    moved = args.lora_rank * trained.lora * trained.layers if args.lora_rank else trained.params
+    moved = moved_parameters(args, trained)
     params = moved / ranks
     items = [
         Item("weights, float32", 4 * params, home),

@@ -12,6 +12,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TRAINERS = ("grpo.py", "opd.py", "fkl_warmup.py")
 # Flags of other programs that the pages name.
 FOREIGN_FLAGS = {"help", "no-deps", "shutdown_timeout"}
+FOREIGN_FLAGS |= {"nodes", "ntasks-per-node", "gpus-per-node", "signal"}  # Slurm's
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 

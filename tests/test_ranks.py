@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import tiny_model, torchrun
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from common import saving
 from common.input_hashes import ROOT
@@ -199,6 +200,54 @@ def test_each_rank_reads_its_part_of_several_files(tmp_path, tokenizer, monkeypa
     saving.save_model(tiny_model(tokenizer), folder, torch.float32, writes=True)
     assert len(list(folder.glob("*.safetensors"))) > 2
     assert torchrun(LOADED.replace("sys.argv[1]", repr(str(folder))), tmp_path) == "same\n"
+
+
+PEAK = """
+import ctypes, sys, threading, time
+from pathlib import Path
+from types import SimpleNamespace
+import torch, torch.distributed as dist
+from common.model import load_for_training
+
+ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: else the C library keeps what is freed
+
+def own_memory():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
+
+def watch():
+    while not done.is_set():
+        seen.append(own_memory())
+        time.sleep(0.002)
+
+dist.init_process_group("gloo")
+args = SimpleNamespace(dtype="float32", cpu_offload=False, lora_rank=0)
+args.activation_checkpointing = False
+seen, done, before = [], threading.Event(), own_memory()
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = load_for_training(sys.argv[1], args, torch.device("cpu"), trainable=True)
+done.set()
+watcher.join()
+if dist.get_rank() == 0:
+    whole = 4 * sum(parameter.numel() for parameter in model.parameters())
+    print((max(seen) - before) / whole)
+"""
+
+
+def test_no_rank_holds_a_whole_copy_while_it_loads(tmp_path, monkeypatch):
+    """Two ranks, a checkpoint of several files, 0.9 GB in float32: each takes its half, and the
+    gathered layers of one forward pass. (Embedding and head are small here, as they are of 70B.)"""
+    monkeypatch.setattr(saving, "SHARD_BYTES", 100_000_000)
+    shape = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 24}
+    config = LlamaConfig(vocab_size=1000, num_attention_heads=12, num_key_value_heads=4, **shape)
+    (tmp_path / "model").mkdir()
+    whole = LlamaForCausalLM(config)
+    saving.save_model(whole, tmp_path / "model", torch.float32, writes=True)
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 4
+    share = float(torchrun(PEAK.replace("sys.argv[1]", repr(str(tmp_path / "model"))), tmp_path))
+    print(f"peak of a rank: {share:.2f} of the whole model")
+    assert share < 0.75
 
 
 @pytest.mark.parametrize(("ranks", "flags"), [(1, []), (2, []), (1, ["--cpu_offload"])])

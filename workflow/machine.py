@@ -46,10 +46,11 @@ def find_machine(args) -> Machine:
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     host = args.host_memory_gb * GB if args.host_memory_gb else host
     absent = count == 0 and args.device != "cpu" and not args.teacher.startswith("toy/")
-    elsewhere = args.dry_run and absent and gpu is None
-    if elsewhere:
+    elsewhere = args.dry_run and absent
+    if elsewhere and gpu is None:
         print("there is no GPU here: planned for GPUs of 80 GB (--gpu_memory_gb, --nproc_per_node)")
-        gpu, host = ABSENT_GPU, host if args.host_memory_gb else float("inf")
+        gpu = ABSENT_GPU
+    host = float("inf") if elsewhere and not args.host_memory_gb else host
     alone = gpu is None and args.nnodes == 1
     check(args.jobs == 1 or alone, "--jobs is for the CPU of one machine: a stage fills a GPU")
     ranks = args.nproc_per_node or max(1, count)
@@ -178,7 +179,8 @@ def check_fit(args, machine: Machine, stages: list[Stage]) -> tuple[list, list, 
         if stage.kind == "evaluate":
             continue
         if not stage.folder.exists():  # two checkpoints and the final model
-            disk += (2 * 12 + 4) * memory.shape_of(model).params
+            shape = memory.shape_of(model)
+            disk += 2 * 12 * memory.moved_parameters(load.args, shape) + 4 * shape.params
         place = f"host, {load.host / GB:.0f} GB" if load.args.cpu_offload else "GPU"
         cells = [stage.name, model, str(machine.all_ranks), place if machine.gpu else "host"]
         cells += [f"{load.plan.peak('update') / GB:.0f}", f"{load.engine / GB:.0f}"]
