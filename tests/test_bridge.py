@@ -376,6 +376,15 @@ def test_a_failing_stage_stops_the_workflow(tmp_path):
     assert ROOT.joinpath("bridge.py").exists()
 
 
+def test_a_plan_says_what_lora_would_take(capsys):
+    """Where full fine-tuning goes to host memory; not where it was asked for already."""
+    for own, count in (({}, 1), ({"teacher_lora_rank": 32}, 0)):
+        bridge.main(bridge.Args(teacher="Qwen/Qwen3-8B", dry_run=True, gpu_memory_gb=80, **own))
+        printed = capsys.readouterr().out
+        sentence = "teacher_grpo with --teacher_lora_rank 32: all on the GPU, 38 GB in the update"
+        assert printed.count(sentence) == count
+
+
 def test_the_budget_counts_as_training_does(monkeypatch):
     """FLOPs of a forward pass as common.flops has them, but for norms; passes of each trainer."""
     args = bridge.Args(num_minibatches=1)

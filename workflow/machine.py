@@ -188,6 +188,8 @@ def check_fit(args, machine: Machine, stages: list[Stage]) -> tuple[list, list, 
         rows.append([*cells, "NO" if problem else "yes"])
         if machine.gpu and not problem:
             details.append(sentence_of(stage, machine, load))
+        if args.dry_run and machine.gpu and (problem or load.args.cpu_offload):
+            details += what_lora_takes(stage, machine, load.args)
         if args.dry_run:
             of_model = f"{stage.kind} of {model}, GB for each of {machine.all_ranks} ranks"
             details.append(f"\n# memory of {of_model}: computed\n{load.plan.table(machine.gpu)}")
@@ -197,6 +199,25 @@ def check_fit(args, machine: Machine, stages: list[Stage]) -> tuple[list, list, 
         needed = f"checkpoints and final models need {disk / GB:.0f} GB of disk"
         problems.append(f"{needed}, and {folder} has {free / GB:.0f} GB")
     return list(dict.fromkeys(problems)), rows, list(dict.fromkeys(details))
+
+
+LORA_RANK = 32  # what is offered where full fine-tuning does not fit the GPUs
+
+
+def what_lora_takes(stage: Stage, machine: Machine, args) -> list[str]:
+    """A sentence on the same stage with adapters, unless it has them."""
+    if args.lora_rank:
+        return []
+    args = replace(stage.args(), lora_rank=LORA_RANK, cpu_offload=False, keep_gradients=False)
+    load = smallest_change(stage, machine, args, set())
+    place = f"{load.host / GB:.0f} GB in host memory" if load.args.cpu_offload else "all on the GPU"
+    fits = "" if load.fits_gpus else ": it would not fit either"
+    role = "teacher" if stage.kind.startswith("teacher") else "student"
+    update, engine = load.plan.peak("update") / GB, load.engine / GB
+    return [
+        f"{stage.kind} with --{role}_lora_rank {LORA_RANK}: {place}, {update:.0f} GB in the "
+        f"update, vLLM needs {engine:.0f} of {load.room / GB:.0f} GB{fits} (computed)"
+    ]
 
 
 def problem_of(stage: Stage, machine: Machine, load: Load, jobs: int) -> str | None:
