@@ -30,7 +30,7 @@ def llamas(tmp_path_factory) -> tuple[str, str]:
     return teacher, make_llama(root / "student", 32, seed=1)
 
 
-def test_prompts_begin_once_and_stay_from_day_to_day(llamas):
+def test_prompts_begin_once_and_stay_from_day_to_day(llamas, capsys):
     tokenizer = load_tokenizer(llamas[1], llamas[0])
     assert tokenizer("1").input_ids[0] == tokenizer.bos_token_id  # it would add another one
     args = SimpleNamespace(max_prompt_tokens=512, thinking=False)
@@ -43,6 +43,9 @@ def test_prompts_begin_once_and_stay_from_day_to_day(llamas):
         [{"role": "user", "content": "1+1"}], tokenize=False
     )
     assert "26 Jul 2024" not in unpinned  # the template writes today's date
+    args.thinking = True
+    assert data.render_prompts(tokenizer, [problem_of("1+1", "2")], args)[0].ids == prompt.ids
+    assert "the chat template has no switch for thinking" in capsys.readouterr().out
 
 
 def test_each_of_the_three_ids_ends_a_completion(llamas):
@@ -65,6 +68,17 @@ def test_the_papers_student_routes_and_numbers():
     routes = {evaluation.route for evaluation in planned(qwen)[1]} - {"models"}
     assert len(routes) == 9
     assert not any("matched" in route for route in routes)
+
+
+def test_scaled_rotations_are_planned_and_lengths_are_those_of_the_config(llamas):
+    shape = memory.shape_of(llamas[0])
+    loaded = load_model(llamas[0], "float32", torch.device("cpu"))
+    assert shape.params == sum(parameter.numel() for parameter in loaded.parameters())
+    args = SimpleNamespace(max_prompt_tokens=512, max_new_tokens=512)
+    model.check_shapes(args, *llamas)
+    args.max_new_tokens += 1
+    with pytest.raises(UserError, match="takes at most 1024 tokens"):
+        model.check_shapes(args, *llamas)
 
 
 def test_shapes_are_those_of_the_published_configs():
