@@ -144,10 +144,15 @@ GOLD = None  # the candidate of all right answers
 
 
 def winners_reward(group: list[Rollout], votes: Counter) -> float:
-    """The mean reward of the answers that have the most votes; 0 without any."""
-    reward_of = {rollout.verdict.answer: rollout.verdict.reward for rollout in group} | {GOLD: 1.0}
+    """The mean reward of the answers that have the most votes; 0 without any. An answer of several
+    samples has the mean of those that could be graded."""
+    rewards: dict[str | None, list[float]] = {GOLD: [1.0]}
+    for verdict in (rollout.verdict for rollout in group):
+        if verdict.answer is not None and verdict.outcome not in ("timeout", "crash"):
+            rewards.setdefault(verdict.answer, []).append(verdict.reward)
     winners = [answer for answer, count in votes.items() if count == max(votes.values())]
-    return sum(reward_of[answer] for answer in winners) / max(1, len(winners))
+    means = [sum(listed) / len(listed) for listed in (rewards.get(a, [0.0]) for a in winners)]
+    return sum(means) / max(1, len(means))
 
 
 def summarise(

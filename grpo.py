@@ -371,7 +371,7 @@ def denominator_of(rollouts: list[Rollout], args: Args) -> float:
     """Z of one optimizer step, over all ranks: the tokens' weights, or Dr. GRPO's constant."""
     if args.loss_agg == "dr_grpo":
         return float(sum_over_ranks(len(rollouts)) * args.max_new_tokens)
-    return sum_over_ranks(sum(r.weight * len(r.completion_ids) for r in rollouts)) or 1.0
+    return sum_over_ranks(sum((r.weight * len(r.completion_ids) for r in rollouts), 0.0)) or 1.0
 
 
 def with_gradient(rollouts: list[Rollout], args: Args) -> list[Rollout]:

@@ -44,6 +44,7 @@ class Rollout:
         return {
             "problem": self.problem.text,
             "answer": self.problem.gold,
+            "key": self.problem.key,
             "completion": self.text,
             "outcome": self.verdict.outcome,
             "reward": self.verdict.reward,
@@ -112,6 +113,7 @@ def load_rollouts(task: Task, tokenizer, prompts: list[Prompt], args) -> list[Ro
         check(texts, f"{where}: needs text columns problem and completion")
     keys = on_first_rank(lambda: task.keys([row["problem"] for row in rows]))
     for number, (row, key) in enumerate(zip(rows, keys, strict=True), 1):
+        key = row.get("key", key)  # of a conversation the text is not all
         where = f"{args.rollouts}, row {number}"
         ids = _completion_ids(row, tokenizer, ends, where)
         prompt = prompt_of.get(key)

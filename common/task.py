@@ -98,23 +98,27 @@ class Task:
             system = [{"role": "system", "content": self.system}] if self.system else []
             messages = (*system, *before, last | {"content": asked})
             problems.append(Problem(text, messages=messages, row=row, where=where, **reply.value))
-        self.grade([""], problems[:1])  # what is no reward is told before anything is trained
+        tried = on_first_rank(lambda: self.pool.call("try_grade", [[rows[0]]]))[0]
+        check(tried.kind != "misuse", f"{problems[0].where}: task {self.name}: {tried.value}")
         return problems
 
     def keys(self, texts: Sequence[str]) -> list[str]:
         """Of problems' texts."""
-        return [reply.value for reply in self.pool.call("identify", [[text] for text in texts])]
+        replies = self.pool.call("identify", [[text.strip()] for text in texts])
+        failed = [reply.value for reply in replies if reply.kind != "value"]
+        check(not failed, f"task {self.name}: key(text): {failed and failed[0]}")
+        return [reply.value for reply in replies]
 
     def grade(self, completions: Sequence[str], problems: Sequence[Problem]) -> list[Verdict]:
         """One verdict per completion, in order. The ranks of a machine share one pool of workers.
-        Raises UserError if grade() returns what is no reward."""
+        What is no reward is a crash too."""
 
         def grade_all(pairs: list[tuple[str, dict]]) -> list[Reply]:
             return self.pool.call("grade", pairs)
 
         rows = [problem.row for problem in problems]
         replies = on_first_of_host(grade_all, list(zip(completions, rows, strict=True)))
-        verdicts = [self._verdict(*pair) for pair in zip(replies, problems, strict=True)]
+        verdicts = [self._verdict(reply) for reply in replies]
         self._warn(verdicts)
         return verdicts
 
@@ -125,12 +129,10 @@ class Task:
             what = failed[0].message or f"no grade within {self.pool.timeout_s:g} s"
             print(f"task {self.name}: {len(failed)} of {len(verdicts)} grades failed ({what})")
 
-    def _verdict(self, reply: Reply, problem: Problem) -> Verdict:
-        if reply.kind == "misuse":
-            raise UserError(f"task {self.name}: {reply.value} (for {problem.where})")
+    def _verdict(self, reply: Reply) -> Verdict:
         if reply.kind == "timeout":
             return Verdict("timeout", answer=reply.note)
-        if reply.kind == "error":
+        if reply.kind != "value":
             return Verdict("crash", answer=reply.note, message=str(reply.value))
         if reply.value is None:
             return Verdict("no_answer")
@@ -141,4 +143,8 @@ class Task:
         """Whether two answers are one vote: equal texts, or what the task's same(a, b) says."""
         if "same" not in self.functions:
             return [one == other for one, other in pairs]
-        return [reply.value is True for reply in self.pool.call("same", pairs)]
+        replies = self.pool.call("same", pairs)
+        failed = [reply.value for reply in replies if reply.kind == "error"]
+        if failed:
+            print(f"task {self.name}: {len(failed)} calls of same() failed ({failed[0]})")
+        return [reply.value is True for reply in replies]

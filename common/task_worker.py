@@ -131,6 +131,7 @@ def work(file: Path, memory_mb: int, scratch: str) -> None:
         channel.say("misuse" if isinstance(error, Misuse) else "error", said(error))
         os._exit(0)
     functions = {"describe": describe, "identify": identify, "grade": grade}
+    functions |= {"try_grade": try_grade, "same": same}
     for line in channel.socket.makefile("rb"):
         channel.number, name, *arguments = json.loads(line)
         try:
@@ -199,7 +200,9 @@ def describe(task, row: dict) -> dict:
             f"prompt(row) returned {asked!r:.60}; it must return a text, not empty, or a list of "
             "messages (role and content), the last one the user's"
         )
-    key = identify(task, messages[-1]["content"].strip())
+    # Of a conversation the last message alone may be "Go on."
+    text = messages[-1]["content"].strip()
+    key = identify(task, text if len(messages) == 1 or hasattr(task, "key") else str(messages))
     gold = task.gold(row) if hasattr(task, "gold") else ""
     warning = task.check(row) if hasattr(task, "check") else None
     return {"messages": messages, "key": key, "gold": str(gold), "warning": warning}
@@ -233,7 +236,24 @@ def grade(task, completion: str, row: dict) -> float | None:
         if answer is None:
             return None
         channel.say("note", str(answer))
-    reward = task.grade(completion, row)
+    return checked(task.grade(completion, row))
+
+
+def try_grade(task, row: dict) -> None:
+    """Whether grade() gives a reward at all, before anything is trained. It may refuse an empty
+    completion."""
+    try:
+        reward = task.grade("", row)
+    except Exception:
+        return
+    checked(reward)
+
+
+def same(task, one: str, other: str) -> bool:
+    return bool(task.same(one, other))
+
+
+def checked(reward: object) -> float:
     try:
         number = math.nan if isinstance(reward, str | bytes) else float(reward)
     except (TypeError, ValueError):

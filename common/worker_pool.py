@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import RunFailure, UserError
 from common.input_hashes import ROOT
 
 STARTUP_S = 120.0  # imports may take far longer than a call, from a cold network disk above all
@@ -86,6 +86,8 @@ class _Worker:
         return lines if chunk and len(self.received) < MAX_REPLY_BYTES else None
 
     def kill(self) -> None:
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)  # a fork of this process may hold it too
         self.socket.close()  # at which the worker's keeper ends it and all that it started
         try:
             self.process.wait(5)
@@ -112,6 +114,7 @@ class WorkerPool:
         self.num_workers, self.memory_mb = num_workers, memory_mb
         self._workers: list[_Worker] = []
         self._tried_again: set[int] = set()  # indices of the calls of this batch
+        self._has_started = False
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -193,16 +196,20 @@ class WorkerPool:
             worker.deadline = time.monotonic() + seconds
         elif number == 0:
             if kind != "value":
-                raise UserError(f"task {self.file}: {value}")
-            worker.about = value
+                raise self._cannot_start(str(value))
+            worker.about, self._has_started = value, True
         else:
             replies[worker.call] = Reply(kind, value, worker.note)
             worker.call = None
 
+    def _cannot_start(self, why: str) -> Exception:
+        """The user's mistake; but the machine's trouble, if it has started before."""
+        return (RunFailure if self._has_started else UserError)(f"task {self.file}: {why}")
+
     def _end(self, worker: _Worker, reply: Reply, replies: dict[int, Reply]) -> None:
         if worker.about is None:
             what = "takes too long" if reply.kind == "timeout" else "ends its process"
-            raise UserError(f"task {self.file}: importing it {what}")
+            raise self._cannot_start(f"importing it {what}")
         if worker.call is not None:
             replies[worker.call] = reply
         self._drop(worker)

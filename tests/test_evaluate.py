@@ -185,6 +185,24 @@ def test_votes_of_a_task_with_partial_rewards(tmp_path):
         assert majority_votes(task, rollouts, 4) == [0.5, 0.75]
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 0, 1, 3), (3, 2, 1, 0)])
+def test_a_vote_does_not_depend_on_the_order_of_the_samples(tmp_path, order):
+    """An answer whose last sample could not be graded; one that earned two rewards."""
+    path = tmp_path / "own.py"
+    path.write_text(OWN_TASK + "def answer(completion): return completion\n")
+    late = Verdict("timeout", 0.0, "42")
+    right, wrong = Verdict("correct", 1.0, "42"), Verdict("wrong", 0.0, "7")
+    half, some = Verdict("partial", 0.9, "x"), Verdict("partial", 0.1, "x")
+    with Task(str(path)) as task:
+        for verdicts, reward in (
+            ([right, right, late, wrong], 1.0),
+            ([half, some, wrong, late], 0.5),
+        ):
+            shuffled = [verdicts[i] for i in order]
+            rollouts = [Rollout([1], [2], None, "eos", "", verdict=v) for v in shuffled]
+            assert majority_votes(task, rollouts, 4) == [pytest.approx(reward)]
+
+
 def test_summary_of_partial_rewards():
     rollouts = voters([("a", 0.5), ("b", 1.0), ("c", 0.25), ("d", 0.25)])
     for rollout in rollouts:

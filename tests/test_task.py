@@ -1,6 +1,7 @@
 """Task files and the workers that run them: the contract, deadlines, what a broken one costs."""
 
 import os
+import re
 import resource
 import subprocess
 import threading
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import grade
 
-from common.errors import UserError
+from common.errors import RunFailure, UserError
 from common.task import Task, Verdict
 from common.task_worker import answering_part
 
@@ -129,10 +130,52 @@ def test_rows_that_cannot_be_asked(tmp_path, returned, message):
 
 @pytest.mark.parametrize("reward", ["1.5", "-0.1", "float('nan')", "'1'", "None", "[1]", "2"])
 def test_rewards_that_are_none(tmp_path, reward):
+    """Told before anything is trained; if it comes later, it costs its own item."""
+    message = r"grade\(completion, row\) returned .*; it must return a number from 0 to 1"
     code = f"def prompt(row): return 'a'\ndef grade(completion, row): return {reward}\n"
-    message = r"own.py: grade\(completion, row\) returned .*a number from 0 to 1 \(for row 1\)"
-    with Task(write(tmp_path, code)) as task, pytest.raises(UserError, match=message):
-        grade(task, ["x"], ["1"])
+    with Task(write(tmp_path, code)) as task:
+        with pytest.raises(UserError, match=f"d, row 1: task .*own.py: {message}"):
+            task.problems([{}], "d")
+    code = f"def prompt(row): return 'a'\ndef grade(completion, row): return {reward} if completion else 1\n"
+    code += "def answer(completion): return None if completion == 'none' else completion\n"
+    with Task(write(tmp_path, code)) as task:
+        task.problems([{}], "d")
+        verdicts = grade(task, ["x", "", "none"], ["1"] * 3)
+    assert [verdict.outcome for verdict in verdicts] == ["crash", "correct", "no_answer"]
+    assert re.fullmatch(message, verdicts[0].message)
+
+
+def test_conversations_are_the_same_by_all_that_is_said(tmp_path):
+    code = (
+        "def prompt(row):\n"
+        "    turns = [('user', row['asked']), ('assistant', 'I see.'), ('user', 'Go on.')]\n"
+        "    return [{'role': role, 'content': content} for role, content in turns]\n"
+        "def grade(completion, row): return 1\n"
+    )
+    with Task(write(tmp_path, code)) as task:
+        rows = [{"asked": "a"}, {"asked": "b"}, {"asked": "a"}]
+        keys = [problem.key for problem in task.problems(rows, "d")]
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_answers_that_are_the_same(tmp_path, capsys):
+    code = GOOD + "def same(a, b): return __import__('numpy').isclose(float(a), float(b))\n"
+    with Task(write(tmp_path, code), timeout_s=20) as task:
+        pairs = [("0.5", ".50"), ("1", "2"), ("x", "1")]
+        assert task.same(pairs) == [True, False, False]
+    assert "1 calls of same() failed (ValueError: could not convert" in capsys.readouterr().out
+
+
+def test_workers_that_start_no_more_are_no_mistake_of_the_user(tmp_path):
+    """After it has started once: the run has failed, and can go on."""
+    path = write(tmp_path, GOOD)
+    with Task(path) as task:
+        grade(task, ["a"], ["1"])
+        Path(path).write_text("import os; os._exit(1)")
+        os.kill(pids_of(task)[0], 9)
+        task.pool._workers[0].process.wait()
+        with pytest.raises(RunFailure, match="importing it ends its process"):
+            grade(task, ["a"], ["1"])
 
 
 def test_a_graders_exception_is_a_crash_with_its_message(tmp_path):

@@ -1,8 +1,8 @@
 """What the stages of a plan cost at most: completions, tokens, FLOPs and, at a stated rate, hours.
 
-At most: every completion counts as --max_new_tokens long, every prompt as --max_prompt_tokens.
-FLOPs are those of matrix products (2 a multiply-add); what is recomputed is left out. The rates are
-the user's: nothing here was measured.
+At most: every completion counts as --max_new_tokens long, every prompt as --max_prompt_tokens, and
+--dynamic_sampling draws as often as it may. FLOPs are those of matrix products (2 a multiply-add);
+what is recomputed is left out. The rates are the user's: nothing here was measured.
 """
 
 from common import memory
@@ -15,7 +15,8 @@ HOURS = 3600.0
 def most_tokens(stage: Stage) -> tuple[int, int]:
     """Completions and tokens that a training stage can generate."""
     args = stage.args()
-    completions = args.num_steps * args.prompts_per_step * args.group_size
+    draws = 1 + args.max_refills if getattr(args, "dynamic_sampling", False) else 1
+    completions = args.num_steps * args.prompts_per_step * args.group_size * draws
     return completions, completions * args.max_new_tokens
 
 
@@ -24,28 +25,48 @@ def most_flops(stage: Stage) -> tuple[float, float]:
     models whose shapes are not known."""
     args = stage.args()
     trained, frozen, sampled = memory.models_of(args)
+    sequences = args.num_steps * args.prompts_per_step * args.group_size
 
-    def forward(name: str, prompts: float) -> float:
-        """Of all completions once, each with so many prompts."""
-        shape = memory.shape_of(stage.base_model(name))
-        if shape is None:
-            raise UserError(f"no config.json of {name} that can be read")
+    def forward(name: str, completions: int, prompts: float = 1.0) -> tuple[float, float]:
+        """Of completions with so many prompts each: products with weights, and attention."""
+        shape = shape_of(stage, name)
         prompt, completion = args.max_prompt_tokens, args.max_new_tokens
-        body = 2 * shape.layers * shape.layer * (prompts * prompt + completion)
-        head = 2 * shape.vocab * shape.hidden * completion
+        weights = 2 * shape.layers * shape.layer * (prompts * prompt + completion)
+        weights += 2 * shape.vocab * shape.hidden * completion
         pairs = prompts * prompt**2 / 2 + completion * (prompt + completion / 2)
         attention = 4 * shape.layers * (shape.qk - shape.kv / 2) * pairs
-        return most_tokens(stage)[0] * (body + head + attention)
+        return completions * weights, completions * attention
 
-    sampling = forward(sampled, 1 / args.group_size) if sampled else 0.0
-    # Forward, gradients of what goes in, and those of weights: not of frozen ones.
-    passes = (2 if args.lora_rank else 3) * args.num_epochs
-    if not hasattr(args, "teacher"):  # GRPO scores its reference, and before several updates itself
-        passes += args.kl_coef > 0
-        passes += args.num_epochs * args.num_minibatches > 1
-        frozen = []
-    update = passes * forward(trained, 1.0)
-    return sampling, update + args.num_epochs * sum(forward(name, 1.0) for name in frozen)
+    sampling = sum(forward(sampled, most_tokens(stage)[0], 1 / args.group_size)) if sampled else 0.0
+    weights, attention = forward(trained, sequences)
+    # Forward; backward to what goes in, and to the weights, if they are trained.
+    update = args.num_epochs * ((2 if args.lora_rank else 3) * weights + 3 * attention)
+    shape = shape_of(stage, trained)
+    adapters = 2 * args.lora_rank * shape.lora * shape.layers
+    tokens = sequences * (args.max_prompt_tokens + args.max_new_tokens)
+    update += args.num_epochs * 3 * adapters * tokens
+    if hasattr(args, "teacher"):
+        update += args.num_epochs * sum(sum(forward(name, sequences)) for name in frozen)
+    else:  # GRPO scores its reference, and before several updates itself
+        scored = (args.kl_coef > 0) + (args.num_epochs * args.num_minibatches > 1)
+        update += scored * (weights + attention)
+    return sampling, update
+
+
+def shape_of(stage: Stage, name: str) -> memory.Shape:
+    shape = memory.shape_of(stage.base_model(name))
+    if shape is None:
+        raise UserError(f"no config.json of {name} that can be read")
+    return shape
+
+
+def share_of_budget(stage: Stage) -> float:
+    """Of what --num_steps allows, what --stop_at_tokens or --stop_at_flops leaves of it."""
+    if stage.budget_flag == "stop_at_tokens":
+        return sum(most_tokens(other)[1] for other in stage.budget_of) / most_tokens(stage)[1]
+    if stage.budget_flag == "stop_at_flops":
+        return sum(sum(most_flops(other)) for other in stage.budget_of) / sum(most_flops(stage))
+    return 1.0
 
 
 def print_budget(stages: list[Stage], args, gpus: int) -> None:
@@ -56,18 +77,21 @@ def print_budget(stages: list[Stage], args, gpus: int) -> None:
     total = 0.0
     for stage in (stage for stage in stages if stage.script != "evaluate.py"):
         completions, tokens = most_tokens(stage)
-        line = f"{stage.name:22} {completions:>11,} completions {tokens:>18,} tokens"
         try:
+            share = share_of_budget(stage)
             sampling, update = most_flops(stage)
-        except UserError:
-            print(line)
+        except UserError:  # nothing is known of a model
+            print(f"{stage.name:22} {completions:>11,} completions {tokens:>18,} tokens")
             continue
-        line += f" {sampling + update:>9.2g} FLOPs"
+        completions, tokens = round(share * completions), round(share * tokens)
+        line = f"{stage.name:22} {completions:>11,} completions {tokens:>18,} tokens"
+        line += f" {share * (sampling + update):>9.2g} FLOPs"
         if rates:
+            hours = share * update / (args.gpu_tflops * 1e12 * args.mfu) / HOURS
             sampled = memory.models_of(stage.args())[2]
-            is_student = sampled is None or stage.base_model(sampled) == args.student
-            hours = tokens / args.tokens_per_second[is_student] / HOURS
-            hours += update / (args.gpu_tflops * 1e12 * args.mfu) / HOURS
+            if sampled:
+                is_student = stage.base_model(sampled) == args.student
+                hours += tokens / args.tokens_per_second[is_student] / HOURS
             total += hours
             line += f" {hours:>10,.1f} GPU-hours"
         print(line)

@@ -157,7 +157,7 @@ def fill_in(args) -> None:
 def fill_in_data(args, toy: bool) -> None:
     """The task's first dataset and benchmark; for mathematics and real models the paper's."""
     with Task(args.task or "math") as task:
-        if args.task is None and not toy:
+        if args.task in (None, "math") and not toy:
             args.dataset = args.dataset or "open-r1/DAPO-Math-17k-Processed:all"
             args.benchmarks = args.benchmarks or ("math500", "aime24", "aime25")
         args.dataset = args.dataset or default_of(task, "datasets")

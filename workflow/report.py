@@ -219,7 +219,7 @@ def write_report(folder: Path, args, evaluations: list[Evaluation]) -> None:
     """report.md, report.png and results.json; prints the tables. args: bridge.Args."""
     rows = collect(evaluations)
     claims = judge_claims(rows)
-    of_toy = args.teacher.startswith("toy/") and args.task is None
+    of_toy = args.teacher.startswith("toy/") and args.task in (None, "math")
     notes = NOTES + (TOY_NOTE if of_toy else "")
     accuracy = accuracy_table(rows, results_of(args.teacher, args.student))
     tables = f"{accuracy}\n\n{cost_table(rows)}\n{notes}"
