@@ -133,10 +133,10 @@ def test_rewards_that_are_none(tmp_path, reward):
     """Told before anything is trained; if it comes later, it costs its own item."""
     message = r"grade\(completion, row\) returned .*; it must return a number from 0 to 1"
     code = f"def prompt(row): return 'a'\ndef grade(completion, row): return {reward}\n"
-    with Task(write(tmp_path, code)) as task:
-        with pytest.raises(UserError, match=f"d, row 1: task .*own.py: {message}"):
-            task.problems([{}], "d")
-    code = f"def prompt(row): return 'a'\ndef grade(completion, row): return {reward} if completion else 1\n"
+    refused = pytest.raises(UserError, match=f"d, row 1: task .*own.py: {message}")
+    with Task(write(tmp_path, code)) as task, refused:
+        task.problems([{}], "d")
+    code = code.replace(f"return {reward}", f"return {reward} if completion else 1")
     code += "def answer(completion): return None if completion == 'none' else completion\n"
     with Task(write(tmp_path, code)) as task:
         task.problems([{}], "d")
