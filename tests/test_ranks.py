@@ -176,7 +176,8 @@ folder = sys.argv[1]
 module.load_model = None  # nobody loads a whole model
 for dtype, trainable in (("float32", True), ("bfloat16", False)):
     kept = getattr(torch, dtype)
-    args = SimpleNamespace(dtype=dtype, cpu_offload=False, activation_checkpointing=False)
+    args = SimpleNamespace(dtype=dtype, cpu_offload=False, lora_rank=0)
+    args.activation_checkpointing = False
     model = module.load_for_training(folder, args, torch.device("cpu"), trainable)
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=kept)
     expected, loaded = dict(whole.named_parameters()), dict(whole_weights(model, kept))
