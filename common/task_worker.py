@@ -123,7 +123,9 @@ def work(file: Path, memory_mb: int, scratch: str) -> None:
     if sys.platform == "linux":
         limits.append((resource.RLIMIT_AS, memory_mb << 20))
     for kind, limit in limits:
-        resource.setrlimit(kind, (limit, limit))
+        hard = resource.getrlimit(kind)[1]
+        if hard == resource.RLIM_INFINITY or limit < hard:  # a lower one cannot be raised
+            resource.setrlimit(kind, (limit, limit))
     try:
         task = load(file)
         channel.say("value", about(task))
