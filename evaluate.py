@@ -327,10 +327,8 @@ def main(args: Args) -> None:
             path = folder / "samples" / f"{Path(name).stem}.jsonl"
             sampled = sample_benchmark(engine, task, asked, args, (args.seed, number), path)
             votes = on_first_rank(lambda rows=sampled: majority_votes(task, rows, k))
-            results[name], samples[name] = (
-                summarise(sampled, votes, k, args.pass_threshold),
-                sampled,
-            )
+            results[name] = summarise(sampled, votes, k, args.pass_threshold)
+            samples[name] = sampled
             print(describe(name, results[name]))
     if rank() == 0:
         with writing(folder):

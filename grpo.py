@@ -222,8 +222,7 @@ def set_logprobs(name: str, model, rollouts: list[Rollout], args: Args) -> None:
 
 
 def draw_groups(sampler: Sampler, step: int, args: Args) -> tuple[list[Rollout], dict[str, float]]:
-    """A step's rollouts, and metrics of them. With --dynamic_sampling, groups whose grades all
-    agree are drawn again, up to --max_refills times."""
+    """A step's rollouts, and metrics of them. --dynamic_sampling redraws groups that agree."""
     rollouts: list[Rollout] = []
     for refill in range(args.max_refills + 1):
         missing = args.prompts_per_step - sum_over_ranks(len(rollouts)) // args.group_size

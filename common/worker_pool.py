@@ -76,14 +76,16 @@ class _Worker:
         with contextlib.suppress(OSError):  # it has just died: its silence is the reply
             self.socket.sendall(request.encode() + b"\n")
 
-    def lines(self) -> list[bytes] | None:
-        """The whole lines that have come; None if it has died, or says more than it should."""
+    def messages(self) -> list[tuple[int, str, object]] | None:
+        """The whole messages that have come; None if it has died, or says what it should not: a
+        grader may write to any descriptor."""
         try:
             chunk = self.socket.recv(1 << 16, socket.MSG_DONTWAIT)
-        except OSError:
+            *lines, self.received = (self.received + chunk).split(b"\n")
+            messages = [(number, kind, value) for number, kind, value in map(json.loads, lines)]
+        except (OSError, ValueError, TypeError):
             return None
-        *lines, self.received = (self.received + chunk).split(b"\n")
-        return lines if chunk and len(self.received) < MAX_REPLY_BYTES else None
+        return messages if chunk and len(self.received) < MAX_REPLY_BYTES else None
 
     def kill(self) -> None:
         with contextlib.suppress(OSError):
@@ -173,20 +175,21 @@ class WorkerPool:
         readable = wait(waiting, max(0.0, wait_s))  # select.select takes no descriptor above 1,023
         for worker in waiting:
             if worker in readable:
-                lines = worker.lines()
-                for line in lines or ():
-                    self._take(worker, json.loads(line), replies)
-                if lines is None and worker.number > 1 and worker.call not in self._tried_again:
+                messages = worker.messages()
+                for message in messages or ():
+                    self._take(worker, *message, replies)
+                if messages is None and worker.number > 1 and worker.call not in self._tried_again:
                     self._tried_again.add(worker.call)
                     pending.append(worker.call)
                     self._drop(worker)
-                elif lines is None:
+                elif messages is None:
                     self._end(worker, Reply("error", "its process has died", worker.note), replies)
             elif time.monotonic() >= worker.deadline:
                 self._end(worker, Reply("timeout", None, worker.note), replies)
 
-    def _take(self, worker: _Worker, message: list, replies: dict[int, Reply]) -> None:
-        number, kind, value = message
+    def _take(
+        self, worker: _Worker, number: int, kind: str, value: object, replies: dict[int, Reply]
+    ) -> None:
         if number != worker.number:  # of a process that an earlier call has left behind
             return
         if kind == "note":

@@ -310,6 +310,7 @@ HOSTILE = {
     "kills its group": "os.killpg(0, 9)",
     "kills its parent's group": "os.killpg(os.getpgid(os.getppid()), 9)",
     "writes to stdout": "print('[1, \"value\", 1.0]', flush=True); os.write(1, b'x\\n' * 999)",
+    "writes to a channel": "for n in os.listdir('/proc/self/fd')[3:-1]: os.write(int(n), b'x\\n')",
     "closes everything": "os.closerange(3, 99)",
     "exits": "os._exit(0)",
     "recurses": "f = lambda: f(); f()",

@@ -189,7 +189,7 @@ def check_fit(args, machine: Machine, stages: list[Stage]) -> tuple[list, list, 
         if machine.gpu and not problem:
             details.append(sentence_of(stage, machine, load))
         if args.dry_run and machine.gpu and (problem or load.args.cpu_offload):
-            details += what_lora_takes(stage, machine, load.args)
+            details += what_lora_takes(stage, machine)
         if args.dry_run:
             of_model = f"{stage.kind} of {model}, GB for each of {machine.all_ranks} ranks"
             details.append(f"\n# memory of {of_model}: computed\n{load.plan.table(machine.gpu)}")
@@ -204,11 +204,12 @@ def check_fit(args, machine: Machine, stages: list[Stage]) -> tuple[list, list, 
 LORA_RANK = 32  # what is offered where full fine-tuning does not fit the GPUs
 
 
-def what_lora_takes(stage: Stage, machine: Machine, args) -> list[str]:
+def what_lora_takes(stage: Stage, machine: Machine) -> list[str]:
     """A sentence on the same stage with adapters, unless it has them."""
+    args = stage.args()
     if args.lora_rank:
         return []
-    args = replace(stage.args(), lora_rank=LORA_RANK, cpu_offload=False, keep_gradients=False)
+    args = replace(args, lora_rank=LORA_RANK, cpu_offload=False, keep_gradients=False)
     load = smallest_change(stage, machine, args, set())
     place = f"{load.host / GB:.0f} GB in host memory" if load.args.cpu_offload else "all on the GPU"
     fits = "" if load.fits_gpus else ": it would not fit either"

@@ -171,7 +171,7 @@ def fill_in_data(args, toy: bool) -> None:
 LORA_RATES = {
     "grpo.py": (10, "LoRA Without Regret (Schulman et al., 2025)"),
     "fkl_warmup.py": (10, "LoRA Without Regret (Schulman et al., 2025)"),
-    "opd.py": (2, "dense gradients of few tokens"),
+    "opd.py": (2, "no source; more was better on the toy"),
 }
 
 
