@@ -35,8 +35,9 @@ from typing import Literal
 import torch
 
 from common import data
+from common.divergence import divergence
 from common.lm_head import chunked_backward, frozen_hidden_states, head_weight
-from common.logprob import kl_divergence, transfer_metrics
+from common.logprob import token_logprobs
 from common.lora import trained_parameters
 from common.model import check_shapes, load_for_training, load_tokenizer, share_end_ids
 from common.ranks import gather, join_ranks, max_over_ranks, sum_dicts_over_ranks, sum_over_ranks
@@ -200,13 +201,11 @@ def loss_fn(
     A vocabulary padded beyond the other model's is cut to the shorter one.
     """
     size = min(logits.shape[-1], teacher_logits.shape[-1])
-    student = (logits[:, :size].float() / args.temperature).log_softmax(-1)
-    teacher = (teacher_logits[:, :size].float() / args.temperature).log_softmax(-1)
+    logits, teacher_logits = logits[:, :size], teacher_logits[:, :size]
+    loss, metrics = divergence("forward_kl", logits, teacher_logits, args.temperature, True)
     if args.hard_labels:
-        loss = -student.gather(-1, tokens[:, None]).squeeze(-1)
-    else:
-        loss = kl_divergence(teacher, student)
-    return loss.sum(), transfer_metrics(student.detach(), teacher)
+        loss = -token_logprobs(logits, tokens, args.temperature, True)[0]
+    return loss.sum(), metrics
 
 
 # === minibatches and micro-batches ===

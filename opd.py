@@ -26,7 +26,6 @@ V vocabulary, D hidden size.
         --output_dir runs/opd-1.7B                                                    # on a GPU
 """
 
-import math
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -36,9 +35,10 @@ from typing import Literal
 import torch
 
 from common import data
+from common.divergence import divergence
 from common.errors import check
 from common.lm_head import chunked_backward, frozen_hidden_states, head_weight
-from common.logprob import kl_divergence, transfer_metrics
+from common.logprob import likeliest, token_logprobs
 from common.lora import trained_parameters
 from common.model import check_shapes, load_for_training, load_tokenizer, share_end_ids
 from common.ranks import gather, join_ranks, max_over_ranks, sum_dicts_over_ranks, sum_over_ranks
@@ -204,35 +204,32 @@ def loss_fn(
     A vocabulary padded beyond the other model's is cut to the shorter one.
     """
     size = min(logits.shape[-1], teacher_logits.shape[-1])
-    student = (logits[:, :size].float() / args.temperature).log_softmax(-1)
-    teacher = (teacher_logits[:, :size].float() / args.temperature).log_softmax(-1)
+    logits, teacher_logits = logits[:, :size], teacher_logits[:, :size]
+    loss, metrics = divergence(args.divergence, logits, teacher_logits, args.temperature, True)
     if args.estimator == "sampled":
-        logprobs = student.gather(-1, tokens[:, None]).squeeze(-1)
-        advantages = teacher.gather(-1, tokens[:, None]).squeeze(-1) - logprobs.detach()
+        logprobs, _ = token_logprobs(logits, tokens, args.temperature, True)
+        teacher_logprobs, _ = token_logprobs(teacher_logits, tokens, args.temperature)
+        advantages = teacher_logprobs - logprobs.detach()
         # exp(x - x) is 1 with the gradient of x: the loss shown is the reverse KL's estimate.
         loss = -advantages * (logprobs - logprobs.detach()).exp()
     elif args.estimator == "topk":
-        loss = kl_divergence(*top_k_buckets(student, teacher, args.topk_size))
-    elif args.divergence == "reverse_kl":
-        loss = kl_divergence(student, teacher)
-    elif args.divergence == "forward_kl":
-        loss = kl_divergence(teacher, student)
-    else:
-        mixture = torch.logaddexp(student, teacher) - math.log(2)
-        loss = (kl_divergence(student, mixture) + kl_divergence(teacher, mixture)) / 2
-    return loss.sum(), transfer_metrics(student.detach(), teacher)
+        student, teacher = top_k_buckets(logits, teacher_logits, args)
+        loss = (student.exp() * (student - teacher)).sum(-1)
+    return loss.sum(), metrics
 
 
 def top_k_buckets(
-    student: torch.Tensor, teacher: torch.Tensor, k: int
+    logits: torch.Tensor, teacher_logits: torch.Tensor, args: Args
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Student and teacher over the student's k likeliest tokens and one bucket of all others."""
-    top = student.topk(min(k, student.shape[-1] - 1)).indices  # the bucket must hold something
-    in_top = torch.zeros_like(student, dtype=torch.bool).scatter(1, top, True)
-    buckets = [
-        torch.cat([x.gather(1, top), x.masked_fill(in_top, -torch.inf).logsumexp(-1, True)], 1)
-        for x in (student, teacher)
-    ]
+    """Log-probs [C, k + 1] of student and teacher: of the student's k likeliest tokens, and of one
+    bucket of all others."""
+    k = min(args.topk_size, logits.shape[-1] - 1)  # the bucket must hold something
+    top = likeliest(logits, k).indices
+    in_top = torch.zeros_like(logits, dtype=torch.bool).scatter(1, top, True)
+    buckets = []
+    for x in (logits.float() / args.temperature, teacher_logits.float() / args.temperature):
+        tail = x.masked_fill(in_top, -torch.inf).logsumexp(-1, True)
+        buckets.append(torch.cat([x.gather(1, top), tail], 1) - x.logsumexp(-1, True))
     return buckets[0], buckets[1]
 
 

@@ -101,7 +101,7 @@ def head_backward(
     room = leaf.new_empty(
         min(chunk_size, len(leaf)), len(compute_weight)
     )  # every chunk's logits in turn
-    sums: dict[str, float] = {}
+    sums: dict[str, torch.Tensor] = {}
     for first in range(0, len(hidden), chunk_size):
         chunk = slice(first, first + chunk_size)
         logits = torch.mm(leaf[chunk], compute_weight.T, out=room[: len(leaf[chunk])])
@@ -113,7 +113,7 @@ def head_backward(
         if trained:
             _add_product(total, logits_grad, leaf[chunk])
         for name, value in {"loss": loss_sum.detach(), **metrics}.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
+            sums[name] = sums.get(name, 0.0) + value.double()
         del logits, logits_grad, loss_sum  # else they would stand beside the next chunk's
     if trained and sharded:
         mesh = weight.device_mesh
@@ -123,7 +123,8 @@ def head_backward(
         shard_grad = weight.grad.to_local()
         shard_grad += local.to(shard_grad.device)
     hidden.backward(hidden_grad)
-    return sums
+    # Read once: to read a number of a GPU waits for all that it was given to do.
+    return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True)) if sums else {}
 
 
 def _add_product(total: torch.Tensor, logits_grad: torch.Tensor, hidden: torch.Tensor) -> None:

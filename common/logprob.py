@@ -1,4 +1,4 @@
-"""Token log-probs and entropies, fused on a GPU, and what compares two distributions.
+"""Token log-probs and entropies, fused on a GPU; the likeliest words of a large vocabulary.
 
 Shape key: N tokens of a micro-batch, C of a chunk, V vocabulary.
 """
@@ -59,10 +59,19 @@ class _TokenLogprobs(torch.autograd.Function):
         return out, None, None, None
 
 
-def _row_blocks(logits: torch.Tensor) -> list[slice]:
-    """Rows whose temporaries stay in a processor's cache: four times as fast as whole chunks."""
-    size = max(1, 2**19 // logits.shape[-1])
+def row_blocks(logits: torch.Tensor) -> list[slice]:
+    """Rows whose temporaries stay in a processor's cache: four times as fast as whole chunks. At
+    least one a thread: sums and maxima of a row are one thread's."""
+    size = max(torch.get_num_threads(), 2**19 // logits.shape[-1])
     return [slice(first, first + size) for first in range(0, len(logits), size)]
+
+
+def weighted_sum(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Of each row, [R, V] -> [R]. 0 · -inf counts 0: a word of probability 0 adds nothing."""
+    total = torch.linalg.vecdot(weights, values)
+    if total.isnan().any():
+        total = torch.linalg.vecdot(weights, values.masked_fill(weights == 0, 0.0))
+    return total
 
 
 def _scaled(logits, temperature):
@@ -72,7 +81,7 @@ def _scaled(logits, temperature):
 def _forward_torch(logits, tokens, temperature):
     outputs = torch.zeros(4, len(logits), dtype=torch.float32, device=logits.device)
     logprobs, entropy, largest, log_sum = outputs
-    for rows in _row_blocks(logits):
+    for rows in row_blocks(logits):
         x = _scaled(logits[rows], temperature)
         largest[rows] = x.amax(-1)
         shifted = x - largest[rows, None]
@@ -81,10 +90,7 @@ def _forward_torch(logits, tokens, temperature):
         log_sum[rows] = total.log()
         index = tokens[rows].clamp(min=0)[:, None]
         logprobs[rows] = shifted.gather(-1, index).squeeze(-1) - log_sum[rows]
-        moment = torch.linalg.vecdot(weights, shifted)
-        if moment.isnan().any():  # 0 · -inf: a word of probability 0 adds nothing
-            moment = torch.linalg.vecdot(weights, shifted.masked_fill_(weights == 0, 0.0))
-        entropy[rows] = log_sum[rows] - moment / total
+        entropy[rows] = log_sum[rows] - weighted_sum(weights, shifted) / total
     skipped = tokens < 0
     return logprobs.masked_fill(skipped, 0.0), entropy.masked_fill(skipped, 0.0), largest, log_sum
 
@@ -94,7 +100,7 @@ def _backward_torch(
 ) -> None:
     grads = [torch.zeros_like(entropy) if g is None else g for g in (logprobs_grad, entropy_grad)]
     rate, entropy_rate = (g.masked_fill(tokens < 0, 0.0)[:, None] / temperature for g in grads)
-    for rows in _row_blocks(logits):
+    for rows in row_blocks(logits):
         # One subtraction after the other: their sum would round.
         logp = (_scaled(logits[rows], temperature) - largest[rows, None]).sub_(log_sum[rows, None])
         grad = logp.exp()
@@ -223,30 +229,20 @@ def _backward_triton(
     )
 
 
-# === divergences ===
+# === likeliest words ===
 
 
-def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) of each row, in nats: log-probs [C, V] of p and q -> [C]."""
-    return torch.linalg.vecdot(p.exp(), p - q)
-
-
-def transfer_metrics(student: torch.Tensor, teacher: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Sums over C tokens of what tells a healthy transfer from a failing one, in nats.
-
-    Log-probs of student and teacher, [C, V] -> KL to the teacher both ways, the entropy and its gap
-    to the teacher's, and the share of the teacher's 16 likeliest tokens among the student's 16.
-    """
-    k = min(16, student.shape[-1])
-    top = student.topk(k, sorted=False).indices
-    teacher_top = teacher.topk(k, sorted=False).indices
-    in_top = torch.zeros_like(student, dtype=torch.bool).scatter_(1, top, True)
-    entropy = -torch.linalg.vecdot(student.exp(), student).sum()
-    teacher_entropy = -torch.linalg.vecdot(teacher.exp(), teacher).sum()
-    return {
-        "policy/entropy": entropy,
-        "policy/entropy_gap": entropy - teacher_entropy,
-        "policy/reverse_kl": kl_divergence(student, teacher).sum(),
-        "policy/forward_kl": kl_divergence(teacher, student).sum(),
-        "policy/topk_overlap": in_top.gather(1, teacher_top).float().mean(-1).sum(),
-    }
+def likeliest(x: torch.Tensor, k: int, block: int = 64) -> torch.return_types.topk:
+    """x.topk(k) of each row, [R, V] -> values and indices [R, k], in one pass over a large
+    vocabulary: the k largest stand in the k blocks with the largest maxima."""
+    num_words = x.shape[-1]
+    if num_words < 4 * k * block:
+        return x.topk(k)
+    whole = num_words - num_words % block
+    blocks = x[:, :whole].unflatten(-1, (-1, block)).amax(-1).topk(k).indices
+    inside = torch.arange(block, device=x.device)
+    candidates = (blocks[:, :, None] * block + inside).flatten(1)
+    rest = torch.arange(whole, num_words, device=x.device).expand(len(x), -1)
+    candidates = torch.cat([candidates, rest], 1)
+    values, where = x.gather(1, candidates).topk(k)
+    return torch.return_types.topk((values, candidates.gather(1, where)))

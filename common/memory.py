@@ -209,8 +209,10 @@ def plan(
     copy = (c if args.lora_rank else 4 + c) * head if sharded else 0
     copy += sum(c * s.vocab * s.hidden for s in frozen if sharded)
     chunk = min(args.chunk_size, tokens)
-    # With a teacher: float32 log-probs of student and teacher, and their gradients.
-    logits = chunk * trained.vocab * (3 * c + 24 if hasattr(args, "teacher") else 2 * c)
+    # The gradient is written over the logits; a teacher's stand beside them. Buckets of the top k
+    # are made of float32 copies.
+    copies = 24 if getattr(args, "estimator", "full") == "topk" else 0
+    logits = chunk * trained.vocab * (2 * c + copies)
     items.append(Item("head: copies, gradient, chunk of logits", copy + logits, phase="update"))
     if gpu_memory and sampled and args.backend != "torch":
         share = args.vllm_gpu_memory * gpu_memory

@@ -8,36 +8,95 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from transformers import Cache, DynamicLayer
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
+from common.logprob import likeliest, row_blocks
 from common.model import end_ids
 from common.rollout import Rollout
 from common.sharding import device_of, gathered
 
+# === one token ===
 
-def draw(logprobs: torch.Tensor, uniforms: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
-    """Inverse-CDF sampling: logprobs [B, V] float32, uniforms [B] in [0, 1) -> token ids [B].
+
+def draw(
+    logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p: float, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse-CDF sampling: logits [B, V], uniforms [B] in [0, 1) -> token ids [B], log-probs [B]
+    float32. Temperature 0 is greedy, with log-probs at 1. Log-probs are of the whole vocabulary,
+    whatever top_p and top_k keep.
 
     One uniform a token, drawn ahead, makes a sample depend on its own seed alone: not on the batch
     that it shares, nor on who else has finished. It is also much faster than torch.multinomial over
     a large vocabulary.
     """
-    weights = logprobs.exp()
-    if top_k > 0:
-        kept = weights.topk(min(top_k, weights.shape[-1])).values[:, -1:]
-        weights = weights.masked_fill(weights < kept, 0.0)
-    if top_p < 1.0:
-        ordered, order = (weights / weights.sum(-1, keepdim=True)).sort(descending=True)
-        # The token that crosses top_p is kept: what stands before it sums to less.
-        dropped = (ordered.cumsum(-1) - ordered) >= top_p
-        weights = weights.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), 0.0)
-    cdf = weights.cumsum(-1)
+    tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+    logprobs = torch.empty(len(logits), device=logits.device)
+    for rows in [slice(None)] if logits.is_cuda else row_blocks(logits):
+        x = logits[rows].float() / (temperature or 1.0)
+        x = x.sub_(x.amax(-1, keepdim=True))
+        weights = x.exp()
+        log_sum = weights.sum(-1).log()
+        if temperature == 0:
+            drawn = x.argmax(-1)
+        else:
+            drawn = _invert(_kept(weights, top_p, top_k).cumsum(-1), uniforms[rows])
+        tokens[rows] = drawn
+        logprobs[rows] = x.gather(-1, drawn[:, None]).squeeze(-1) - log_sum
+    return tokens, logprobs
+
+
+def _invert(cdf: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """The words [B] in which uniforms [B] fall: cdf [B, V], of any positive total."""
     # Below the last value even after rounding, so that no token of probability 0 behind it can be
     # reached.
-    target = (uniforms[:, None] * cdf[:, -1:]).minimum(
-        torch.nextafter(cdf[:, -1:], torch.zeros_like(cdf[:, -1:]))
-    )
+    last = cdf[:, -1:]
+    target = (uniforms[:, None] * last).minimum(torch.nextafter(last, torch.zeros_like(last)))
     return torch.searchsorted(cdf, target, right=True).squeeze(-1)
+
+
+def _kept(weights: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
+    """Weights [B, V] with 0 for what top_k, and then top_p, leave out."""
+    num_words = weights.shape[-1]
+    sizes = (1024, num_words)  # of the candidates for top_p: mostly a few hold it all
+    if top_k > 0:
+        sizes = (min(top_k, num_words),)
+        weights = weights * (weights >= likeliest(weights, sizes[0]).values[:, -1:])
+    if top_p < 1.0:
+        enough = top_p * weights.sum(-1)
+        for size in sizes:
+            ordered = likeliest(weights, min(size, num_words)).values
+            before = ordered.cumsum(-1) - ordered  # the token that crosses top_p is kept
+            if size == sizes[-1] or (before[:, -1] >= enough).all():
+                break
+        smallest = ordered.masked_fill(before >= enough[:, None], torch.inf).amin(-1, keepdim=True)
+        weights = weights * (weights >= smallest)
+    return weights
+
+
+# === the model's side ===
+
+
+def grouped_attention(module, query, key, value, attention_mask, scaling, **options):
+    """transformers' SDPA attention, but for one query a sequence: [B, H, 1, head size].
+
+    There, behind a mask, it copies each key and value for all heads that share them, at every
+    token. Seen as H / K queries of each of the K key heads they need no copy.
+    """
+    B, H, T, head_size = query.shape
+    if T > 1:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **options
+        )
+    queries = query.view(B, key.shape[1], -1, head_size)
+    output = scaled_dot_product_attention(queries, key, value, attention_mask, scale=scaling)
+    return output.view(B, 1, H, head_size), None
+
+
+AttentionInterface.register("grouped", grouped_attention)
+AttentionMaskInterface.register("grouped", sdpa_mask)
 
 
 class GrowingLayer(DynamicLayer):
@@ -94,6 +153,8 @@ class TorchEngine:
 
     def __init__(self, model, tokenizer, dtype: torch.dtype = torch.float32, batch_size: int = 512):
         self.model, self.tokenizer = model, tokenizer
+        if model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation("grouped")
         self.dtype, self.batch_size = dtype, batch_size  # the type it computes in; sequences a call
         self.eos_ids = torch.tensor(end_ids(tokenizer, model), device=device_of(model))
 
@@ -165,11 +226,8 @@ class TorchEngine:
         ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
         rows = torch.arange(num_rows, device=device)
         for t in range(max_new_tokens):
-            logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)
-            greedy = temperature == 0
-            sampled = logp.argmax(-1) if greedy else draw(logp, uniforms[rows, t], top_p, top_k)
-            tokens[rows, t] = sampled
-            logprobs[rows, t] = logp.gather(-1, sampled[:, None]).squeeze(-1)
+            sampled, logp = draw(logits, uniforms[rows, t], temperature, top_p, top_k)
+            tokens[rows, t], logprobs[rows, t] = sampled, logp
             just_ended = rows[torch.isin(sampled, self.eos_ids) & ~ended[rows]]
             ended[just_ended], num_tokens[just_ended] = True, t + 1
             alive = (~ended[rows]).nonzero().squeeze(-1)

@@ -124,27 +124,110 @@ def test_the_kernels_against_float64():
     assert run_python(code, TRITON_INTERPRET="1") == "checked 102\n"
 
 
+DIVERGENCES = """
+import torch
+from common import divergence as fused
+
+def mean(p, values):
+    return torch.where(p > 0, p * values, 0.0).sum(-1)
+
+def oracle(kind, logits, teacher_logits, temperature, up):
+    x = (logits.double() / temperature).requires_grad_()
+    logp = x.log_softmax(-1).clamp(min=-1e300)  # keeps 0 times it finite
+    logq = (teacher_logits.double() / temperature).log_softmax(-1).clamp(min=-1e300)
+    p, q = logp.exp(), logq.exp()
+    logm = torch.logaddexp(logp, logq) - fused.LOG_2
+    found = {
+        "entropy": -mean(p, logp),
+        "teacher_entropy": -mean(q, logq),
+        "reverse_kl": mean(p, logp - logq),
+        "forward_kl": mean(q, logq - logp),
+        "jsd": (mean(p, logp - logm) + mean(q, logq - logm)) / 2,
+    }
+    (found[kind] * up).sum().backward()
+    return found, x.grad / temperature
+
+torch.manual_seed(SEED)
+checked = 0
+for V in (1, 17, 2048, 2049, 151_936):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for scale, temperature in ((1.0, 1.0), (5.0, 0.7), (300.0, 1.0)):
+            if V > 5000 and (dtype == torch.float16 or scale > 1):
+                continue
+            N = 4 if V < 5000 else 2
+            logits, teacher = (torch.randn(2, N, V) * scale).to(dtype)
+            if V >= 17 and scale == 5.0:  # words that both rule out, or all of a block
+                logits[:, 3], teacher[:, 3] = -torch.inf, -torch.inf
+                logits[0, V // 2 :], teacher[0, V // 2 :] = -torch.inf, -torch.inf
+            teacher[-1] = logits[-1]  # one student that is its teacher
+            up = torch.randn(N)
+            wide = max(1, scale / 10)  # float32 keeps that much less of a difference
+            for kind in ("reverse_kl", "forward_kl", "jsd"):
+                expected, gradient = oracle(kind, logits, teacher, temperature, up.double())
+                for backend in ("triton", "torch"):
+                    forward = getattr(fused, f"_forward_{backend}")
+                    backward = getattr(fused, f"_backward_{backend}")
+                    found = forward(logits, teacher, kind, temperature)
+                    for name, values in expected.items():
+                        if name == "jsd" and kind != "jsd":
+                            continue
+                        got = found[fused.ROW.index(name)].double()
+                        torch.testing.assert_close(
+                            got, values, rtol=1e-5, atol=2e-5 * wide,
+                            msg=lambda m: f"{backend} {name} {V} {dtype} {scale} {m}")
+                    assert found[fused.ROW.index("reverse_kl"), -1] == 0
+                    for overwrite in (False, True):
+                        given = logits.clone()
+                        out = given if overwrite else torch.empty_like(given)
+                        backward(given, teacher, found, up, kind, temperature, out)
+                        near = {torch.float32: 2e-5, torch.bfloat16: 1e-2}.get(dtype, 2e-3)
+                        torch.testing.assert_close(
+                            out.double(), gradient, rtol=near, atol=near * wide,
+                            msg=lambda m: f"{backend} d {kind} {V} {dtype} {scale} {m}")
+                checked += 1
+print("checked", checked)
+"""
+
+
+def test_the_divergences_against_float64():
+    seed = 20260513
+    print(f"seed: {seed}")
+    code = DIVERGENCES.replace("SEED", str(seed))
+    assert run_python(code, TRITON_INTERPRET="1") == "checked 114\n"
+
+
 COMPILED = """
 import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from common import logprob
+from common import divergence, logprob
 
+KINDS = [{"KIND": kind} for kind in ("reverse_kl", "forward_kl", "jsd")]
 folder, architecture = sys.argv[1], int(sys.argv[2])
-for name in ("forward", "backward"):
-    kernel = getattr(logprob, f"_{name}_kernel")
+target = GPUTarget("cuda", architecture, 32)
+for module, name, variants in (
+    (logprob, "forward", [{}]),
+    (logprob, "backward", [{}]),
+    (divergence, "forward", [{"JSD": False}, {"JSD": True}]),
+    (divergence, "backward", KINDS),
+):
+    kernel = getattr(module, f"_{name}_kernel")
     for logits in ("bf16", "fp32"):
-        types = {"logits": f"*{logits}", "out": f"*{logits}", "tokens": "*i64"}
-        types |= {"row_stride": "i64", "out_stride": "i64", "num_words": "i32"}
-        types |= {"temperature": "fp32", "BLOCK": "constexpr"}
-        signature = {arg: types.get(arg, "*fp32") for arg in kernel.arg_names}
-        source = ASTSource(kernel, signature, constexprs={"BLOCK": logprob.BLOCK})
-        target = GPUTarget("cuda", architecture, 32)
-        compiled = triton.compile(source, target=target, options={"num_warps": 8})
-        path = f"{folder}/{name}_{logits}_{architecture}.cubin"
-        open(path, "wb").write(compiled.asm["cubin"])
-        print(name, logits, architecture, compiled.metadata.shared, path)
+        for variant in variants:
+            fixed = variant | {"BLOCK": module.BLOCK}
+            types = {"logits": f"*{logits}", "out": f"*{logits}", "tokens": "*i64"}
+            types |= {"teacher_logits": f"*{logits}", "teacher_stride": "i64"}
+            types |= {"row_stride": "i64", "out_stride": "i64"}
+            types |= {"num_words": "i32", "num_rows": "i32", "temperature": "fp32"}
+            types |= dict.fromkeys(fixed, "constexpr")
+            signature = {arg: types.get(arg, "*fp32") for arg in kernel.arg_names}
+            source = ASTSource(kernel, signature, constexprs=fixed)
+            compiled = triton.compile(source, target=target, options={"num_warps": 8})
+            label = "-".join([module.__name__, name, *map(str, variant.values())])
+            path = f"{folder}/{label}_{logits}_{architecture}.cubin"
+            open(path, "wb").write(compiled.asm["cubin"])
+            print(label, logits, architecture, compiled.metadata.shared, path)
 """
 
 
@@ -164,7 +247,7 @@ def test_the_kernels_compile_without_spills(architecture, tmp_path):
         )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 14
     for line in lines:
         name, logits, _, shared, path = line.split()
         usage = subprocess.run(

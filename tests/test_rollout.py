@@ -15,15 +15,16 @@ from conftest import (
     tiny_model,
 )
 from transformers import Qwen3Config
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from common.atomic_files import write_jsonl
 from common.errors import UserError
-from common.logprob import token_logprobs
+from common.logprob import likeliest, token_logprobs
 from common.model import end_ids
 from common.rollout import Rollout, load_rollouts, rollout_metrics, verify
 from common.sampler import sample_and_verify
 from common.task import OUTCOMES
-from common.torch_engine import TorchEngine, draw, rows_that_fit
+from common.torch_engine import TorchEngine, _kept, draw, grouped_attention, rows_that_fit
 
 
 def same(a, b) -> bool:
@@ -92,7 +93,7 @@ def test_sampling_follows_the_distribution():
     logits = torch.tensor([2.0, 0.0, -torch.inf, 1.0, -3.0])
     count = 20_000
     uniforms = (torch.arange(count) + 0.5) / count
-    tokens = draw(logits.log_softmax(-1).expand(count, -1), uniforms, top_p=1.0, top_k=0)
+    tokens = draw(logits.expand(count, -1), uniforms, 1.0, 1.0, 0)[0]
     shares = torch.bincount(tokens, minlength=5) / count
     torch.testing.assert_close(shares, logits.softmax(-1), atol=1e-3, rtol=0)
     assert shares[2] == 0
@@ -101,8 +102,8 @@ def test_sampling_follows_the_distribution():
 def test_a_uniform_next_to_one_stays_in_the_support():
     logits = torch.tensor([[0.0, 0.0, -torch.inf]]).log_softmax(-1)
     largest = torch.tensor([math.nextafter(1.0, 0.0)], dtype=torch.float32).clamp(max=1 - 2**-24)
-    assert draw(logits, largest, 1.0, 0).item() == 1
-    assert draw(logits, torch.ones(1), 1.0, 0).item() == 1
+    assert draw(logits, largest, 1.0, 1.0, 0)[0].item() == 1
+    assert draw(logits, torch.ones(1), 1.0, 1.0, 0)[0].item() == 1
 
 
 @pytest.mark.parametrize(
@@ -111,8 +112,51 @@ def test_a_uniform_next_to_one_stays_in_the_support():
 def test_top_p_and_top_k_keep_the_likeliest(top_p, top_k, kept):
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     uniforms = torch.linspace(0, 0.999, 500)
-    tokens = draw(logits.expand(500, -1), uniforms, top_p, top_k)
+    tokens = draw(logits.expand(500, -1), uniforms, 1.0, top_p, top_k)[0]
     assert set(tokens.tolist()) == kept
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.9, 0), (0.9, 50), (1.0, 50), (0.999, 9000)])
+def test_a_large_vocabulary_is_cut_as_by_sorting_it(flat, top_p, top_k):
+    """Candidates are found by the maxima of blocks, and only as many as top_p needs."""
+    torch.manual_seed(0)
+    weights = (torch.randn(3, 9001) * (0.1 if flat else 4.0)).softmax(-1)
+    expected = torch.zeros_like(weights)
+    for row, out in zip(weights, expected, strict=True):
+        values, words = row.double().sort(descending=True)
+        values, words = values[: top_k or None], words[: top_k or None]
+        before = values.cumsum(0) - values
+        keep = before < top_p * values.sum()
+        out[words[keep]] = row[words[keep]]
+    kept = _kept(weights, top_p, top_k)
+    assert ((kept > 0) == (expected > 0)).double().mean() > 0.9999  # sums of float32 at the edge
+    torch.testing.assert_close(kept[expected > 0], expected[expected > 0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("num_words", [5, 4097, 50_000])
+def test_the_likeliest_words_are_topks(num_words):
+    torch.manual_seed(0)
+    x = torch.randn(4, num_words).masked_fill(torch.rand(4, num_words) < 0.5, -torch.inf)
+    for k in (1, 5):
+        expected, found = x.topk(k), likeliest(x, k)
+        assert torch.equal(expected.values, found.values)
+        assert torch.equal(x.gather(1, found.indices), found.values)
+
+
+def test_one_query_attends_as_through_transformers(tokenizer):
+    """Heads that share keys and values, behind padding and not."""
+    model = tiny_model(tokenizer)
+    assert model.config.num_attention_heads > model.config.num_key_value_heads
+    layer, mask = model.get_decoder().layers[0].self_attn, torch.ones(3, 1, 1, 7).bool()
+    mask[0, ..., :4] = False
+    query = torch.randn(3, model.config.num_attention_heads, 1, 16)
+    key, value = torch.randn(2, 3, model.config.num_key_value_heads, 7, 16)
+    for seen in (mask, None):
+        inputs = (layer, query, key, value, seen)
+        expected, _ = sdpa_attention_forward(*inputs, scaling=0.25)
+        found, _ = grouped_attention(*inputs, scaling=0.25)
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_batch_is_as_large_as_memory_takes():
