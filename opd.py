@@ -297,9 +297,11 @@ def backward(model, teacher, rollouts: list[Rollout], args: Args) -> dict[str, f
     num_tokens = max(1, sum_over_ranks(sum(len(rollout.completion_ids) for rollout in rollouts)))
     denominator = num_tokens
     teacher_head = head_weight(teacher, teacher.dtype)
+    room = teacher_head.new_empty(args.chunk_size, len(teacher_head))  # for a chunk's logits
 
     def chunk_loss(logits: torch.Tensor, teacher_hidden: torch.Tensor, tokens: torch.Tensor):
-        return loss_fn(logits, teacher_hidden @ teacher_head.T, tokens, args)
+        teacher_logits = torch.mm(teacher_hidden, teacher_head.T, out=room[: len(tokens)])
+        return loss_fn(logits, teacher_logits, tokens, args)
 
     sums = Counter(loss=0.0)
     batches = micro_batches(rollouts, args.micro_batch_tokens, device_of(model))

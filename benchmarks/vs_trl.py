@@ -1,33 +1,39 @@
-r"""Seconds and memory of a training step beside TRL's, in alternation, each in its own process.
+r"""Seconds and memory of a training step beside TRL's, in alternation, each in its own process, and
+beside the least that the step's matrix products take on this machine (benchmarks/floor.py).
 
-Same checkpoint, prompts, reward, P, G, lengths, micro-batch, float32, threads and optimizer; no KL
+Same checkpoint, prompts, reward, P, G, lengths, micro-batch, type, threads and optimizer; no KL
 term, no gradient checkpointing on either side. GRPO against GRPOTrainer, OPD (reverse KL) against
-DistillationTrainer, which has no groups: it gets every prompt G times.
+DistillationTrainer, which has no groups: it gets every prompt G times. bfloat16: float32 weights,
+computed with in bfloat16 (TRL: autocast).
 
     pip install -r benchmarks/requirements.txt
     python -m benchmarks.vs_trl --algorithm grpo                  # the toy, 16 x 16 x 64
     python -m benchmarks.vs_trl --algorithm opd --model RUN/fkl_warmup/final \
         --teacher RUN/teacher_grpo/final                          # RUN: runs/bridge-teacher/seed_0
-    python -m benchmarks.vs_trl --algorithm grpo --case wide    # 151,936 words, 8 x 8 x 256
+    python -m benchmarks.vs_trl --algorithm grpo --case small --dtype bfloat16
+    python -m benchmarks.vs_trl --algorithm opd --case wide       # half an hour
 """
 
 import json
-import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from common import data, sampler
+from benchmarks.floor import floor
+from common import data, flops, rollout, sampler
 from common.input_hashes import ROOT, model_path
 from common.model import load_tokenizer
+from common.sharding import DTYPES
 from common.start import start
 from common.task import Task, Verdict
 
@@ -39,53 +45,64 @@ class Case:
     max_new_tokens: int
     micro_batch_size: int
     chunk_size: int
+    untimed: int  # steps before those that are timed
 
 
-CASES = {"toy": Case(16, 16, 64, 64, 2048), "wide": Case(8, 8, 256, 8, 256)}
+CASES = {
+    "toy": Case(16, 16, 64, 64, 2048, 1),
+    "small": Case(8, 8, 128, 8, 256, 0),
+    "wide": Case(8, 8, 256, 8, 256, 0),
+}
 
 
 @dataclass
 class Args:
     algorithm: Literal["grpo", "opd"] = "grpo"
     """what is trained"""
-    case: Literal["toy", "wide"] = "toy"
-    """the toy models, or random weights with a vocabulary of 151,936"""
+    case: Literal["toy", "small", "wide"] = "toy"
+    """the toy models, or random weights: of SmolLM2-135M's shape, or with 151,936 words"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """compute type"""
     model: str | None = None
     """the policy, instead of the raw toy teacher (grpo) or student (opd)"""
-    teacher: str = "toy/teacher"
-    """opd: the frozen teacher"""
+    teacher: str | None = None
+    """opd: the frozen teacher, instead of the raw toy teacher"""
     rounds: int = 3
     """how often the two sides alternate"""
     steps: int = 4
-    """timed steps a round; one step before them is not timed"""
+    """timed steps a round"""
     side: Literal["both", "ours", "trl"] = "both"
     """both; the other two are for the child processes"""
     folder: Path | None = None
     """where the children put what they measure"""
 
 
-def models(args: Args) -> tuple[str, str]:
-    """Policy and teacher."""
-    if args.case == "toy":
-        raw = "toy/teacher" if args.algorithm == "grpo" else "toy/student"
-        return model_path(args.model or raw), model_path(args.teacher)
-    return str(args.folder / "model"), str(args.folder / "model")
-
-
-def make_wide_model(folder: Path) -> None:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "head_dim": 64}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=151_936, **shape | heads))
-    model.save_pretrained(folder)
-    load_tokenizer("toy/teacher").save_pretrained(folder)
+def make_models(args: Args) -> None:
+    """Random weights for policy and teacher, with the toy's tokenizer."""
+    for seed, name in enumerate(("model", "teacher")):
+        torch.manual_seed(seed)
+        if args.case == "wide":
+            shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4}
+            shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+            shape |= {"vocab_size": 151_936, "tie_word_embeddings": True}
+            model = Qwen3ForCausalLM(Qwen3Config(**shape))
+        else:
+            shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+            shape |= {"num_attention_heads": 9, "num_key_value_heads": 3, "rope_theta": 1e5}
+            shape |= {"vocab_size": 49_152, "tie_word_embeddings": True}
+            model = LlamaForCausalLM(LlamaConfig(**shape))
+        model.save_pretrained(args.folder / name)
+        load_tokenizer("toy/teacher").save_pretrained(args.folder / name)
 
 
 def coin(ids: list[int]) -> bool:
     """A reward for random weights, which never get anything right: else all would be skipped."""
     return zlib.crc32(str(ids).encode()) % 2 == 0
+
+
+def peak_memory() -> list[float]:
+    """GB of this process so far."""
+    return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20]
 
 
 # === our side ===
@@ -95,28 +112,37 @@ def run_ours(args: Args) -> dict[str, list[float]]:
     import grpo
     import opd
 
-    case, (policy, teacher) = CASES[args.case], models(args)
-    if args.case == "wide":
+    case, counts = CASES[args.case], {"flops": [], "decoded": []}
+    take, verify = flops.take, rollout.verify
 
-        def verify(task, rollouts) -> None:
+    def counting_take(role: str) -> float:
+        counts["flops"].append(take(role))
+        return counts["flops"][-1]
+
+    def counting_verify(task, rollouts) -> None:
+        counts["decoded"].append(max(len(row.completion_ids) for row in rollouts))
+        if args.case == "toy":
+            verify(task, rollouts)
+        else:
             for row in rollouts:
                 reward = float(coin(row.completion_ids))
                 row.verdict = Verdict("correct" if reward else "wrong", reward)
 
-        sampler.verify = verify
-    own = {"kl_coef": 0.0} if args.algorithm == "grpo" else {"teacher": teacher}
+    flops.take, sampler.verify = counting_take, counting_verify
+    own = {"kl_coef": 0.0} if args.algorithm == "grpo" else {"teacher": args.teacher}
     module = {"grpo": grpo, "opd": opd}[args.algorithm]
     out = args.folder / f"ours-{time.time_ns()}"
     module.main(
         module.Args(
             output_dir=str(out),
-            model=policy,
+            model=args.model,
+            dtype=args.dtype,
             prompts_per_step=case.prompts,
             group_size=case.group_size,
             max_new_tokens=case.max_new_tokens,
             micro_batch_tokens=case.micro_batch_size * (128 + case.max_new_tokens),
             chunk_size=case.chunk_size,
-            num_steps=args.steps + 1,
+            num_steps=args.steps + case.untimed,
             learning_rate=1e-6,
             warmup_steps=0,
             checkpoint_every=0,
@@ -125,8 +151,18 @@ def run_ours(args: Args) -> dict[str, list[float]]:
         )
     )
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    times = {key: [row.get(f"time/{key}", 0.0) for row in rows] for key in ("step", "generate")}
-    times["update"] = [row["time/update"] for row in rows]
+    times = {
+        key: [row.get(f"time/{key}", 0.0) for row in rows]
+        for key in ("step", "generate", "score", "update")
+    }
+    times["memory"] = peak_memory()  # before the floor is measured, which takes memory too
+    weights = sum(file.stat().st_size for file in Path(args.model).glob("*.safetensors"))
+    weights = weights // 4 * DTYPES[args.dtype].itemsize  # the files are in float32
+    spent = [sum(pair) for pair in zip(counts["flops"][::2], counts["flops"][1::2], strict=True)]
+    times["floor"] = [
+        floor(number, decoded, weights, DTYPES[args.dtype])
+        for number, decoded in zip(spent, counts["decoded"], strict=True)
+    ]
     return times | {"length": [row["rollout/length"] for row in rows]}
 
 
@@ -138,10 +174,10 @@ def run_trl(args: Args) -> dict[str, list[float]]:
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 
-    case, (policy, teacher) = CASES[args.case], models(args)
-    tokenizer = load_tokenizer(policy)
+    case, steps = CASES[args.case], CASES[args.case].untimed + args.steps
+    tokenizer = load_tokenizer(args.model)
     task = Task()
-    problems = data.load_problems(task, "toy")[: case.prompts * (args.steps + 1)]
+    problems = data.load_problems(task, "toy")[: case.prompts * steps]
     copies = 1 if args.algorithm == "grpo" else case.group_size
     rows = [
         {"prompt": data.prompt_text(tokenizer, problem.messages), "number": number}
@@ -151,7 +187,7 @@ def run_trl(args: Args) -> dict[str, list[float]]:
     dataset = Dataset.from_list(rows)
 
     def reward(completions, completion_ids, number, **_) -> list[float]:
-        if args.case == "wide":
+        if args.case != "toy":
             return [float(coin(list(ids))) for ids in completion_ids]
         verdicts = task.grade(completions, [problems[n] for n in number])
         return [verdict.reward for verdict in verdicts]
@@ -172,11 +208,11 @@ def run_trl(args: Args) -> dict[str, list[float]]:
         "per_device_train_batch_size": case.micro_batch_size,
         "gradient_accumulation_steps": case.prompts * case.group_size // case.micro_batch_size,
         "max_completion_length": case.max_new_tokens,
-        "max_steps": args.steps + 1,
+        "max_steps": steps,
         "learning_rate": 1e-6,
         "temperature": 1.0,
         "top_k": 0,
-        "bf16": False,
+        "bf16": args.dtype == "bfloat16",
         "use_cpu": True,
         "gradient_checkpointing": False,
         "shuffle_dataset": False,
@@ -185,14 +221,14 @@ def run_trl(args: Args) -> dict[str, list[float]]:
         "logging_steps": 1,
         "seed": 0,
     }
-    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     common = {"train_dataset": dataset, "processing_class": tokenizer, "callbacks": [Timer()]}
     if args.algorithm == "grpo":
         config = GRPOConfig(**settings, num_generations=case.group_size, beta=0.0, loss_type="dapo")
         trainer = GRPOTrainer(model=model, reward_funcs=reward, args=config, **common)
     else:
         config = DistillationConfig(**settings, beta=1.0)
-        frozen = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+        frozen = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=DTYPES[args.dtype])
         trainer = DistillationTrainer(model=model, teacher_model=frozen, args=config, **common)
     generate = trainer._generate_and_score_completions
 
@@ -207,26 +243,50 @@ def run_trl(args: Args) -> dict[str, list[float]]:
     with task:
         trainer.train()
     times["update"] = [a - b for a, b in zip(times["step"], times["generate"], strict=True)]
-    return times
+    return times | {"memory": peak_memory()}
 
 
 # === both ===
 
 
 def run_child(args: Args, side: str, number: int) -> dict[str, list[float]]:
-    out = args.folder / f"{side}-{number}.json"
-    command = [sys.executable, "-m", "benchmarks.vs_trl", "--algorithm", args.algorithm]
-    command += ["--case", args.case, "--steps", str(args.steps), "--folder", str(args.folder)]
-    if args.case == "toy":
-        policy, teacher = models(args)
-        command += ["--model", policy, "--teacher", teacher]
-    with open(args.folder / f"{side}-{number}.log", "w") as log:
-        child = subprocess.Popen([*command, "--side", side], cwd=ROOT, stdout=log, stderr=log)
-        _, status, usage = os.wait4(child.pid, 0)
-    assert status == 0, (args.folder / f"{side}-{number}.log").read_text()[-3000:]
+    log = args.folder / f"{side}-{number}.log"
+    child_args = asdict(args) | {"side": side}
+    command = [sys.executable, "-m", "benchmarks.vs_trl"]
+    command += [word for key, value in child_args.items() for word in (f"--{key}", str(value))]
+    with open(log, "w") as output:
+        child = subprocess.run(command, cwd=ROOT, stdout=output, stderr=output)
+    assert child.returncode == 0, log.read_text()[-3000:]
     measured = json.loads((args.folder / f"{side}.json").read_text())
-    (args.folder / f"{side}.json").rename(out)
-    return {key: values[1:] for key, values in measured.items()} | {"memory": [usage.ru_maxrss]}
+    untimed = CASES[args.case].untimed
+    memory = measured.pop("memory")
+    return {key: values[untimed:] for key, values in measured.items()} | {"memory": memory}
+
+
+def report(args: Args, found: dict[str, list[dict[str, list[float]]]]) -> None:
+    """Medians of each side, and the ratio of each round."""
+    case = CASES[args.case]
+    size = f"{case.prompts} x {case.group_size} x {case.max_new_tokens}"
+    print(
+        f"\n{args.algorithm}, {args.case}, {size}, {args.dtype}, {torch.get_num_threads()} threads"
+    )
+    print("| | ours | TRL | ratio (of each round) |\n|---|---|---|---|")
+    medians = {}
+    for key in ("step", "generate", "score", "update", "memory", "length"):
+        sides = {
+            side: [statistics.median(r.get(key) or [0.0]) for r in rounds]
+            for side, rounds in found.items()
+        }
+        ratios = [a / b for a, b in zip(*sides.values(), strict=True) if b > 0]
+        each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        ratio = f"{statistics.median(ratios):.2f} ({each})" if ratios else ""
+        unit = {"memory": " GB", "length": " tokens"}.get(key, " s")
+        medians[key] = {side: statistics.median(values) for side, values in sides.items()}
+        shown = " | ".join(f"{value:.2f}{unit}" for value in medians[key].values())
+        print(f"| {key} | {shown} | {ratio} |")
+    least = statistics.median([statistics.median(r["floor"]) for r in found["ours"]])
+    print(f"the floor: {least:.2f} s, {least / medians['step']['trl']:.0%} of TRL's step")
+    print(f"our step over the floor: {medians['step']['ours'] / least:.2f}")
 
 
 def main(args: Args) -> None:
@@ -236,25 +296,20 @@ def main(args: Args) -> None:
         return
     args.folder = args.folder or Path(tempfile.mkdtemp())
     args.folder.mkdir(parents=True, exist_ok=True)
-    if args.case == "wide":
-        make_wide_model(args.folder / "model")
+    if args.case == "toy":
+        raw = "toy/teacher" if args.algorithm == "grpo" else "toy/student"
+        args.model = model_path(args.model or raw)
+        args.teacher = model_path(args.teacher or "toy/teacher")
+    else:
+        make_models(args)
+        args.model, args.teacher = str(args.folder / "model"), str(args.folder / "teacher")
     found = {"ours": [], "trl": []}
     for number in range(args.rounds):
         for side, measured in found.items():
             measured.append(run_child(args, side, number))
             step = statistics.median(measured[-1]["step"])
             print(f"round {number + 1}, {side}: {step:.2f} s a step", flush=True)
-    print(f"\n{args.algorithm}, {args.case}: medians, {torch.get_num_threads()} threads, float32")
-    print("| | ours | TRL | ratio (of each round) |\n|---|---|---|---|")
-    for key in ("step", "generate", "update", "memory", "length"):
-        values = {
-            side: [statistics.median(r[key]) for r in rounds] for side, rounds in found.items()
-        }
-        ratios = [a / b for a, b in zip(values["ours"], values["trl"], strict=True)]
-        scale, unit = (1 / 2**20, "GB") if key == "memory" else (1, "s" if key != "length" else "")
-        shown = [f"{statistics.median(values[side]) * scale:.2f} {unit}" for side in found]
-        each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-        print(f"| {key} | {' | '.join(shown)} | {statistics.median(ratios):.2f} ({each}) |")
+    report(args, found)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from common.logprob import likeliest, row_blocks, triton, weighted_sum
+from common.logprob import likeliest, row_blocks, scaled, triton, weighted_sum
 
 if triton:
     import triton.language as tl
@@ -100,24 +100,30 @@ class _Divergence(torch.autograd.Function):
 def _forward_torch(logits, teacher_logits, kind, temperature) -> torch.Tensor:
     found = torch.zeros(len(ROW), len(logits), dtype=torch.float32, device=logits.device)
     for rows in row_blocks(logits):
-        logp, *normalisers = _normalised(logits[rows], temperature)
-        logq, *teacher_normalisers = _normalised(teacher_logits[rows], temperature)
-        p, q, log_ratio = logp.exp(), logq.exp(), logp - logq
+        x, top = _below_top(logits[rows], temperature)
+        y, teacher_top = _below_top(teacher_logits[rows], temperature)
+        p, q, gap = x.exp(), y.exp(), x - y  # p and q not normalised yet
+        total, teacher_total = p.sum(-1), q.sum(-1)
+        log_sum, teacher_log_sum = total.log(), teacher_total.log()
+        offset = log_sum - teacher_log_sum
         found[:8, rows] = torch.stack(
             [
-                *normalisers,
-                *teacher_normalisers,
-                -weighted_sum(p, logp),
-                -weighted_sum(q, logq),
-                weighted_sum(p, log_ratio),
-                -weighted_sum(q, log_ratio),
+                top,
+                log_sum,
+                teacher_top,
+                teacher_log_sum,
+                log_sum - weighted_sum(p, x) / total,
+                teacher_log_sum - weighted_sum(q, y) / teacher_total,
+                weighted_sum(p, gap) / total - offset,
+                offset - weighted_sum(q, gap) / teacher_total,
             ]
         )
         if kind == "jsd":
-            logm = torch.logaddexp(logp, logq) - LOG_2
-            to_mixture = weighted_sum(p, logp - logm)
-            jsd = (to_mixture + weighted_sum(q, logq - logm)) / 2
-            found[8:, rows] = torch.stack([to_mixture, jsd])
+            logp, logq = x.sub_(log_sum[:, None]), y.sub_(teacher_log_sum[:, None])
+            logm = torch.logaddexp(logp, logq).sub_(LOG_2)
+            to_mixture = weighted_sum(p, logp - logm) / total
+            from_teacher = weighted_sum(q, logq - logm) / teacher_total
+            found[8:, rows] = torch.stack([to_mixture, (to_mixture + from_teacher) / 2])
     return found
 
 
@@ -125,9 +131,10 @@ def _backward_torch(logits, teacher_logits, found, grad, kind, temperature, out)
     row = dict(zip(ROW, found[:, :, None], strict=True))
     rate = grad[:, None] / temperature
     for rows in row_blocks(logits):
-        logp = _scaled(logits[rows], temperature).sub_(row["top"][rows]).sub_(row["log_sum"][rows])
-        logq = _scaled(teacher_logits[rows], temperature)
-        logq = logq.sub_(row["teacher_top"][rows]).sub_(row["teacher_log_sum"][rows])
+        # One subtraction after the other: their sum would round.
+        logp = (scaled(logits[rows], temperature) - row["top"][rows]).sub_(row["log_sum"][rows])
+        logq = scaled(teacher_logits[rows], temperature) - row["teacher_top"][rows]
+        logq = logq.sub_(row["teacher_log_sum"][rows])
         p = logp.exp()
         if kind == "forward_kl":
             out[rows] = p.sub_(logq.exp_()).mul_(rate[rows])
@@ -137,21 +144,16 @@ def _backward_torch(logits, teacher_logits, found, grad, kind, temperature, out)
         else:
             logm = torch.logaddexp(logp, logq).sub_(LOG_2)
             excess = logp.sub_(logm).sub_(row["to_mixture"][rows]).div_(2)
-        out[rows] = excess.masked_fill_(p == 0, 0.0).mul_(p).mul_(rate[rows])
+        if not excess.sum().isfinite():
+            excess = excess.masked_fill(p == 0, 0.0)  # 0 · -inf counts 0
+        out[rows] = excess.mul_(p).mul_(rate[rows])
 
 
-def _scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """A float32 copy."""
-    x = logits.to(torch.float32, copy=True)  # before the division: torch.div rounds to bfloat16
-    return x if temperature == 1 else x.div_(temperature)
-
-
-def _normalised(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, ...]:
-    """Log-probs [R, V], and each row's top and log-sum [R]."""
-    x = _scaled(logits, temperature)
-    top = x.amax(-1)
-    log_sum = x.sub_(top[:, None]).exp().sum(-1).log()
-    return x.sub_(log_sum[:, None]), top, log_sum
+def _below_top(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled logits less the largest of their row, float32 [R, V], and the largest [R]."""
+    x = scaled(logits, temperature)
+    top = x.amax(-1).float()
+    return x - top[:, None], top
 
 
 # === Triton ===

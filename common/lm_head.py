@@ -136,6 +136,6 @@ def _add_product(total: torch.Tensor, logits_grad: torch.Tensor, hidden: torch.T
     if logits_grad.dtype == total.dtype:
         total.addmm_(logits_grad.T, hidden)
         return
-    for first in range(0, len(total), 16_384):
-        words = slice(first, first + 16_384)
+    for first in range(0, len(total), 4096):
+        words = slice(first, first + 4096)
         total[words] += logits_grad[:, words].T @ hidden

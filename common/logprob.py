@@ -74,7 +74,7 @@ def weighted_sum(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _scaled(logits, temperature):
+def scaled(logits, temperature):
     return logits if temperature == 1 else logits.float() / temperature
 
 
@@ -82,7 +82,7 @@ def _forward_torch(logits, tokens, temperature):
     outputs = torch.zeros(4, len(logits), dtype=torch.float32, device=logits.device)
     logprobs, entropy, largest, log_sum = outputs
     for rows in row_blocks(logits):
-        x = _scaled(logits[rows], temperature)
+        x = scaled(logits[rows], temperature)
         largest[rows] = x.amax(-1)
         shifted = x - largest[rows, None]
         weights = shifted.exp()
@@ -102,7 +102,7 @@ def _backward_torch(
     rate, entropy_rate = (g.masked_fill(tokens < 0, 0.0)[:, None] / temperature for g in grads)
     for rows in row_blocks(logits):
         # One subtraction after the other: their sum would round.
-        logp = (_scaled(logits[rows], temperature) - largest[rows, None]).sub_(log_sum[rows, None])
+        logp = (scaled(logits[rows], temperature) - largest[rows, None]).sub_(log_sum[rows, None])
         grad = logp.exp()
         if entropy_grad is None:
             grad.mul_(-rate[rows])
