@@ -53,6 +53,7 @@ CASES = {
     "small": Case(8, 8, 128, 8, 256, 0),
     "wide": Case(8, 8, 256, 8, 256, 0),
 }
+PROMPT = 23  # tokens of every prompt of the toy
 
 
 @dataclass
@@ -140,7 +141,7 @@ def run_ours(args: Args) -> dict[str, list[float]]:
             prompts_per_step=case.prompts,
             group_size=case.group_size,
             max_new_tokens=case.max_new_tokens,
-            micro_batch_tokens=case.micro_batch_size * (128 + case.max_new_tokens),
+            micro_batch_tokens=case.micro_batch_size * (PROMPT + case.max_new_tokens),
             chunk_size=case.chunk_size,
             num_steps=args.steps + case.untimed,
             learning_rate=1e-6,

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
 
 from common.errors import RunFailure, one_line
+from common.lazy import checkpointing
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -53,6 +53,6 @@ def writing(folder: Path) -> Iterator[None]:
     """A full disk, or one that went away, ends a run in one line."""
     try:
         yield
-    except (OSError, SafetensorError, CheckpointException) as error:
+    except (OSError, SafetensorError, checkpointing.CheckpointException) as error:
         causes = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
         raise RunFailure(f"cannot write to {folder}: {one_line(causes[0])}") from error

@@ -14,11 +14,11 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from common.atomic_files import replace_folder, write_json, writing
 from common.errors import UserError, one_line
+from common.lazy import checkpointing
 from common.ranks import num_ranks, on_first_rank
 
 
@@ -62,7 +62,7 @@ def load_checkpoint(path: Path, model, optimizer) -> None:
     """Into model, optimizer (see prepare_state) and the CPU's random number generator."""
     try:
         read_tensors(path, training_state(model, optimizer))
-    except dcp.api.CheckpointException as error:
+    except checkpointing.api.CheckpointException as error:
         message = f"{path} is not of this model and this version of the code"
         raise UserError(f"{message}; choose another --output_dir") from error
     torch.set_rng_state(load_file(path / "rng.safetensors")["cpu"])
@@ -128,11 +128,11 @@ def write_tensors(folder: Path, state: dict[str, torch.Tensor]) -> None:
     made in memory first, so there is one for every 4 GB."""
     ends = accumulate(tensor.numel() * tensor.element_size() for tensor in state.values())
     files = {name: 1 + int(end // 4e9) for name, end in zip(state, ends, strict=True)}
-    writer = dcp.HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
-    dcp.save(state, storage_writer=writer, no_dist=num_ranks() == 1)
+    writer = checkpointing.HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
+    checkpointing.save(state, storage_writer=writer, no_dist=num_ranks() == 1)
 
 
 def read_tensors(folder: Path, state: dict[str, torch.Tensor]) -> None:
     """Into the tensors of `state`, however many ranks have written and are reading."""
-    reader = dcp.HuggingFaceStorageReader(str(folder))
-    dcp.load(state, storage_reader=reader, no_dist=num_ranks() == 1)
+    reader = checkpointing.HuggingFaceStorageReader(str(folder))
+    checkpointing.load(state, storage_reader=reader, no_dist=num_ranks() == 1)

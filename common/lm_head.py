@@ -7,9 +7,9 @@ runs through the body. The trainers' gradients are made here, of whatever `loss_
 from collections.abc import Callable
 
 import torch
-from torch.distributed.tensor import DTensor, Partial
 
 from common import flops
+from common.lazy import dtensor
 from common.logprob import token_logprobs
 from common.sharding import full_weight
 
@@ -92,7 +92,7 @@ def head_backward(
     scattered after it: the loop itself has no collective. A frozen head gets no gradient.
     """
     weight, compute_weight = model.get_output_embeddings().weight, head_weight(model, hidden.dtype)
-    trained, sharded = weight.requires_grad, isinstance(weight, DTensor)
+    trained, sharded = weight.requires_grad, isinstance(weight, dtensor.DTensor)
     if trained:
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
@@ -117,7 +117,9 @@ def head_backward(
         del logits, logits_grad, loss_sum  # else they would stand beside the next chunk's
     if trained and sharded:
         mesh = weight.device_mesh
-        partial = DTensor.from_local(total, mesh, [Partial()] * mesh.ndim, run_check=False)
+        partial = dtensor.DTensor.from_local(
+            total, mesh, [dtensor.Partial()] * mesh.ndim, run_check=False
+        )
         local = partial.redistribute(placements=weight.placements).to_local()
         # Not DTensor.from_local: it would move an offloaded shard to the device that computes.
         shard_grad = weight.grad.to_local()

@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from common.errors import check
 from common.input_hashes import model_path
+from common.lazy import transformers
 from common.vllm_engine import MAX_NUM_SEQS, batched_tokens
 
 GB = 1e9
@@ -90,17 +90,17 @@ def shape_of(name: str) -> Shape | None:
 def config_of(name: str):
     path = model_path(name)
     if (Path(path) / "config.json").exists() or try_to_load_from_cache(path, "config.json"):
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    for known, config, vocab in ((QWEN3, Qwen3Config, 151_936), (LLAMA3, LlamaConfig, 128_256)):
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    for known, kind, vocab in ((QWEN3, "Qwen3Config", 151_936), (LLAMA3, "LlamaConfig", 128_256)):
         if name in known:
             fields = dict(zip(FIELDS, known[name], strict=True))
-            return config(vocab_size=vocab, head_dim=128, **fields)
+            return getattr(transformers, kind)(vocab_size=vocab, head_dim=128, **fields)
     return None
 
 
 def shape_of_config(config) -> Shape:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config)
     layer = model.get_decoder().layers[0]
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads

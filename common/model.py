@@ -7,25 +7,14 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import HfApi, try_to_load_from_cache
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging
 
 from common.data import prompt_text
 from common.errors import UserError, check, one_line
 from common.input_hashes import model_path
+from common.lazy import transformers
 from common.lm_head import head_weight, hidden_states
 from common.lora import BaseOf, add_adapters, set_adapters
 from common.sharding import DTYPES, device_of, make_buffers, read_shards, shard
-
-logging.set_verbosity_error()
-logging.disable_progress_bar()
 
 
 def _find(name: str) -> str:
@@ -47,9 +36,13 @@ def _find(name: str) -> str:
     return path
 
 
-def _load(load, name: str, **kwargs):
+def _load(kind: str, name: str, **kwargs):
+    """transformers' AutoConfig, AutoTokenizer or AutoModelForCausalLM of that name."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     path = _find(name)
     try:
+        load = getattr(transformers, kind).from_pretrained
         return load(path, trust_remote_code=False, **kwargs)  # False: None would ask on stdin
     except Exception as error:  # a damaged file, a missing package, an unknown architecture ...
         raise UserError(f"cannot load {name}: {one_line(error)}") from error
@@ -57,14 +50,14 @@ def _load(load, name: str, **kwargs):
 
 def load_tokenizer(
     name: str, teacher: str | None = None, chat_template: str | None = None
-) -> PreTrainedTokenizerBase:
+) -> "transformers.PreTrainedTokenizerBase":
     """The tokenizer of `name`; with the chat template of `chat_template`, a model or a .jinja file,
     if one is given.
 
     The teacher's, if one is given, must mean the same by every token: distillation compares
     distributions token by token. A base model without a template is trained on its teacher's.
     """
-    tokenizer = _load(AutoTokenizer.from_pretrained, name)
+    tokenizer = _load("AutoTokenizer", name)
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
         try:
@@ -73,7 +66,7 @@ def load_tokenizer(
             reason = one_line(error)
             message = f"--chat_template {chat_template} cannot be used: {reason}"
             raise UserError(message) from error
-    theirs = None if teacher is None else _load(AutoTokenizer.from_pretrained, teacher)
+    theirs = None if teacher is None else _load("AutoTokenizer", teacher)
     if theirs is not None and tokenizer.chat_template is None:
         print(f"{name} has no chat template: it is trained on that of {teacher}")
         tokenizer.chat_template = theirs.chat_template
@@ -100,7 +93,7 @@ def load_tokenizer(
 
 def _read_template(source: str) -> str | None:
     if not source.endswith(".jinja"):
-        return _load(AutoTokenizer.from_pretrained, source).chat_template
+        return _load("AutoTokenizer", source).chat_template
     try:
         return Path(source).read_text()
     except OSError as error:
@@ -111,10 +104,10 @@ def lacks_chat_template(name: str) -> bool:
     """Whether a model that is on this machine has none."""
     path = model_path(name)
     here = Path(path).exists() or try_to_load_from_cache(path, "tokenizer_config.json")
-    return bool(here) and _load(AutoTokenizer.from_pretrained, name).chat_template is None
+    return bool(here) and _load("AutoTokenizer", name).chat_template is None
 
 
-def end_ids(tokenizer, *models: PreTrainedModel) -> list[int]:
+def end_ids(tokenizer, *models) -> list[int]:
     """Every id that ends a turn: the tokenizer's EOS, what the chat template writes behind an
     answer, and those of the models' configs. A base model has another EOS than its instruct
     siblings."""
@@ -130,7 +123,7 @@ def end_ids(tokenizer, *models: PreTrainedModel) -> list[int]:
     return sorted(ids - {None})
 
 
-def share_end_ids(tokenizer, *models: PreTrainedModel) -> None:
+def share_end_ids(tokenizer, *models) -> None:
     """Let what ends a turn of one model end those of all of them: a student that learns to write
     its teacher's EOS would else never stop. Goes into what is saved of them."""
     ids = end_ids(tokenizer, *models)
@@ -144,10 +137,11 @@ def check_shapes(args, *names: str) -> None:
     length = args.max_prompt_tokens + args.max_new_tokens
     if getattr(args, "lora_rank", 0):
         with torch.device("meta"):
-            config = _load(AutoConfig.from_pretrained, names[0])
-            add_adapters(AutoModelForCausalLM.from_config(config), args.lora_rank, args.lora_alpha)
+            config = _load("AutoConfig", names[0])
+            model = transformers.AutoModelForCausalLM.from_config(config)
+            add_adapters(model, args.lora_rank, args.lora_alpha)
     for name in names:
-        limit = _load(AutoConfig.from_pretrained, name).get_text_config().max_position_embeddings
+        limit = _load("AutoConfig", name).get_text_config().max_position_embeddings
         check(
             length <= limit,
             f"--max_prompt_tokens and --max_new_tokens are {length} together, and {name} takes at "
@@ -155,23 +149,23 @@ def check_shapes(args, *names: str) -> None:
         )
 
 
-def _make_savable(config: GenerationConfig) -> None:
+def _make_savable(config: "transformers.GenerationConfig") -> None:
     """Published ones hold a temperature for greedy decoding, which save_pretrained refuses: at the
     end of training. None of these settings is used here."""
     try:
         config.validate(strict=True)
     except ValueError:
         ids = {n: v for n, v in config.to_diff_dict().items() if n.endswith("_token_id")}
-        config.__dict__.update(GenerationConfig(**ids).__dict__)
+        config.__dict__.update(transformers.GenerationConfig(**ids).__dict__)
 
 
 def load_model(
     name: str, dtype: str, device: torch.device, trainable: bool = False
-) -> PreTrainedModel:
+) -> "transformers.PreTrainedModel":
     """A causal language model: float32 weights if trainable, whatever `dtype`; else in it."""
     weights_dtype = torch.float32 if trainable else DTYPES[dtype]
     kwargs = {"dtype": weights_dtype, "use_safetensors": True}  # a pickle could run code
-    model = _load(AutoModelForCausalLM.from_pretrained, name, **kwargs).to(device)
+    model = _load("AutoModelForCausalLM", name, **kwargs).to(device)
     model.requires_grad_(trainable)
     _make_savable(model.generation_config)
     model.eval()  # never train(): dropout would make the sampled and the trained policy differ
@@ -181,7 +175,7 @@ def load_model(
 
 def load_for_training(
     name: str, args, device: torch.device, trainable: bool = False
-) -> PreTrainedModel:
+) -> "transformers.PreTrainedModel":
     """As load_model; where there are ranks, sharded over them by FSDP2. Each rank reads its part of
     each tensor from the files: no whole copy is held anywhere. With --lora_rank what is trainable
     are adapters, and the rest is frozen in the compute type."""
@@ -199,23 +193,23 @@ def load_for_training(
     return model
 
 
-def load_reference(model: PreTrainedModel, args, device: torch.device):
+def load_reference(model, args, device: torch.device):
     """The frozen policy that a run begins from: a copy, or `model` with its adapters off."""
     return BaseOf(model) if args.lora_rank else load_for_training(args.model, args, device)
 
 
 def _load_sharded(
     name: str, args, device: torch.device, trainable: bool, adapted: bool
-) -> PreTrainedModel:
-    config = _load(AutoConfig.from_pretrained, name)
+) -> "transformers.PreTrainedModel":
+    config = _load("AutoConfig", name)
     with torch.device("meta"):
         dtype = torch.float32 if trainable and not adapted else DTYPES[args.dtype]
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.name_or_path = model_path(name)
     try:
-        model.generation_config = GenerationConfig.from_pretrained(model_path(name))
+        model.generation_config = transformers.GenerationConfig.from_pretrained(model_path(name))
     except OSError:  # not every folder has one
-        model.generation_config = GenerationConfig.from_model_config(config)
+        model.generation_config = transformers.GenerationConfig.from_model_config(config)
     _make_savable(model.generation_config)
     model.requires_grad_(trainable).eval()
     if adapted:
@@ -231,7 +225,7 @@ def _load_sharded(
     return model
 
 
-def _recompute_activations(model: PreTrainedModel, args) -> None:
+def _recompute_activations(model, args) -> None:
     """--activation_checkpointing: keep each decoder layer's input only, compute the rest again in
     backward. (transformers' own switch works in train mode only, and turns the cache off.)"""
     if args.activation_checkpointing:
@@ -241,7 +235,7 @@ def _recompute_activations(model: PreTrainedModel, args) -> None:
 
 
 @torch.no_grad()
-def _check_head(model: PreTrainedModel, name: str) -> None:
+def _check_head(model, name: str) -> None:
     """The chunked head is hidden @ W.T: a model that scales or caps logits would train wrong."""
     ids = torch.arange(4, device=device_of(model))[None]
     expected = model(input_ids=ids, use_cache=False).logits[0]

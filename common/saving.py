@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig
 
 from common.atomic_files import replace_folder, writing
 from common.input_hashes import model_path
+from common.lazy import transformers
 from common.lora import layers_of, save_adapter, weight_names, whole_weights
 from common.ranks import on_first_rank, rank
 
@@ -23,7 +23,7 @@ SHARD_BYTES = 4 * 10**9
 
 def file_dtype(name: str) -> str:
     """float32 or bfloat16: that of a model's files; bfloat16 too where they are in float16."""
-    config = AutoConfig.from_pretrained(model_path(name), trust_remote_code=False)
+    config = transformers.AutoConfig.from_pretrained(model_path(name), trust_remote_code=False)
     return "float32" if config.dtype in (None, torch.float32) else "bfloat16"
 
 

@@ -9,17 +9,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-)
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
 from common.errors import check
+from common.lazy import dtensor, fsdp, transformers
 from common.ranks import num_ranks, rank
 
 ADAPTERS = ("lora_A", "lora_B")  # of a layer of common.lora
@@ -29,7 +21,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def device_of(model) -> torch.device:
     """Where it computes: --cpu_offload keeps a model's shards elsewhere."""
     weight = model.get_output_embeddings().weight
-    sharded = isinstance(weight, DTensor)
+    sharded = isinstance(weight, dtensor.DTensor)
     kind = weight.device_mesh.device_type if sharded else weight.device.type
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else weight.device
 
@@ -37,22 +29,22 @@ def device_of(model) -> torch.device:
 # === shard ===
 
 
-def shard(model: PreTrainedModel, args, device: torch.device) -> None:
+def shard(model, args, device: torch.device) -> None:
     """FSDP2: a group of parameters for each decoder layer, and one for the rest, where embedding
     and head are, which may be tied. They are gathered as `dtype`, gradients summed in float32."""
     options = {"mesh": init_device_mesh(device.type, (num_ranks(),)), "reshard_after_forward": True}
-    options |= {"mp_policy": MixedPrecisionPolicy(DTYPES[args.dtype], torch.float32)}
+    options |= {"mp_policy": fsdp.MixedPrecisionPolicy(DTYPES[args.dtype], torch.float32)}
     if args.cpu_offload:
-        options |= {"offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda")}
+        options |= {"offload_policy": fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda")}
     for module in (*model.get_decoder().layers, model):
-        fully_shard(module, **options)
+        fsdp.fully_shard(module, **options)
         # The loss is divided by a sum over all ranks already: gradients are summed, not averaged.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
 
 
 @torch.no_grad()
-def read_shards(model: PreTrainedModel, path: str) -> None:
+def read_shards(model, path: str) -> None:
     """This rank's rows of each parameter, from the safetensors files at a path or hub id. Adapters
     are in no file of a model."""
     files = _weight_files(path)
@@ -72,9 +64,9 @@ def read_shards(model: PreTrainedModel, path: str) -> None:
 
 def copy_rows(parameter: torch.Tensor, whole) -> None:
     """Fill a parameter, or this rank's rows of it, from a whole tensor (or a slice of a file)."""
-    shard = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    shard = parameter.to_local() if isinstance(parameter, dtensor.DTensor) else parameter
     first = 0
-    if isinstance(parameter, DTensor):
+    if isinstance(parameter, dtensor.DTensor):
         first = min(len(parameter), rank() * -(-len(parameter) // num_ranks()))
     if len(shard) > 0:
         shard.copy_(whole[first : first + len(shard)])
@@ -82,19 +74,20 @@ def copy_rows(parameter: torch.Tensor, whole) -> None:
 
 def _weight_files(path: str) -> dict[str, str]:
     """Tensor -> file."""
+    find = transformers.utils.cached_file
     missing_is_none = {"_raise_exceptions_for_missing_entries": False}
-    index = cached_file(path, "model.safetensors.index.json", **missing_is_none)
+    index = find(path, "model.safetensors.index.json", **missing_is_none)
     if index is not None:
         files = json.loads(Path(index).read_text())["weight_map"]
-        paths = {file: cached_file(path, file) for file in set(files.values())}
+        paths = {file: find(path, file) for file in set(files.values())}
         return {tensor: paths[file] for tensor, file in files.items()}
-    single = cached_file(path, "model.safetensors", **missing_is_none)
+    single = find(path, "model.safetensors", **missing_is_none)
     check(single is not None, f"{path} has no safetensors files")
     with safe_open(single, "pt") as file:
         return dict.fromkeys(file.keys(), single)
 
 
-def make_buffers(model: PreTrainedModel, device: torch.device) -> None:
+def make_buffers(model, device: torch.device) -> None:
     """Rotary frequencies, which are in no file: computed again, as the module does."""
     for owner in {name.rpartition(".")[0] for name, _ in model.named_buffers()}:
         module = model.get_submodule(owner)
@@ -110,23 +103,25 @@ def full_weight(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A parameter in `dtype`, without gradient; a sharded one is gathered, on the device that
     computes (--cpu_offload keeps the shards in host memory)."""
     weight = parameter.detach()
-    if not isinstance(weight, DTensor):
+    if not isinstance(weight, dtensor.DTensor):
         return weight.to(dtype)
     local = weight.to_local().to(weight.device_mesh.device_type, dtype)
     return _like(weight, local).full_tensor()
 
 
-def _like(weight: DTensor, local: torch.Tensor) -> DTensor:
+def _like(weight: "dtensor.DTensor", local: torch.Tensor) -> "dtensor.DTensor":
     """`local` as this rank's shard of a tensor that is sharded as `weight` is."""
     whole = {"shape": weight.shape, "stride": weight.stride()}
     placements = weight.placements
-    return DTensor.from_local(local, weight.device_mesh, placements, run_check=False, **whole)
+    return dtensor.DTensor.from_local(
+        local, weight.device_mesh, placements, run_check=False, **whole
+    )
 
 
 @contextlib.contextmanager
 def gathered(model) -> Iterator[None]:
     """The whole model on each rank, for sampling: then ranks need not decode in step."""
-    groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
     for module in groups:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
@@ -146,7 +141,7 @@ def accumulating(model, batches: Iterable, args) -> Iterator:
     whole, on the device; their sum over ranks, and their way to host memory, waits for the last."""
     batches = list(batches)
     for number, batch in enumerate(batches, 1):
-        if isinstance(model, FSDPModule):
+        if isinstance(model, fsdp.FSDPModule):
             is_last = number == len(batches)
             model.set_requires_gradient_sync(is_last or not args.keep_gradients)
         yield batch

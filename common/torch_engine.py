@@ -8,11 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
+from common.lazy import decoding, transformers
 from common.logprob import likeliest, row_blocks
 from common.model import end_ids
 from common.rollout import Rollout
@@ -76,59 +73,7 @@ def _kept(weights: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
     return weights
 
 
-# === the model's side ===
-
-
-def grouped_attention(module, query, key, value, attention_mask, scaling, **options):
-    """transformers' SDPA attention, but for one query a sequence: [B, H, 1, head size].
-
-    There, behind a mask, it copies each key and value for all heads that share them, at every
-    token. Seen as H / K queries of each of the K key heads they need no copy.
-    """
-    B, H, T, head_size = query.shape
-    if T > 1:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **options
-        )
-    queries = query.view(B, key.shape[1], -1, head_size)
-    output = scaled_dot_product_attention(queries, key, value, attention_mask, scale=scaling)
-    return output.view(B, 1, H, head_size), None
-
-
-AttentionInterface.register("grouped", grouped_attention)
-AttentionMaskInterface.register("grouped", sdpa_mask)
-
-
-class GrowingLayer(DynamicLayer):
-    """transformers' cache of one layer, [B, H, T, head size], without its copy of all of it at
-    every token: new tokens are written behind the old ones, where there is room for half as many
-    more."""
-
-    room: tuple[torch.Tensor, torch.Tensor] | None = None  # what keys and values are the front of
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        length = self.get_seq_length()
-        end = length + key_states.shape[-2]
-        if self.room is None or end > self.room[0].shape[-2]:
-            B, H, _, head_size = key_states.shape
-            room = tuple(key_states.new_empty(B, H, end + end // 2 + 16, head_size) for _ in "kv")
-            if length > 0:
-                room[0][:, :, :length], room[1][:, :, :length] = self.keys, self.values
-            self.room = room
-        for room, new in zip(self.room, (key_states, value_states), strict=True):
-            room[:, :, length:end] = new
-        self.keys, self.values = (room[:, :, :end] for room in self.room)
-        return self.keys, self.values
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.room = None
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.room = None
+# === many ===
 
 
 def rows_that_fit(config, length: int, itemsize: int, free: int) -> int:
@@ -154,7 +99,7 @@ class TorchEngine:
     def __init__(self, model, tokenizer, dtype: torch.dtype = torch.float32, batch_size: int = 512):
         self.model, self.tokenizer = model, tokenizer
         if model.config._attn_implementation == "sdpa":
-            model.set_attn_implementation("grouped")
+            model.set_attn_implementation(decoding.ATTENTION)
         self.dtype, self.batch_size = dtype, batch_size  # the type it computes in; sequences a call
         self.eos_ids = torch.tensor(end_ids(tokenizer, model), device=device_of(model))
 
@@ -212,7 +157,7 @@ class TorchEngine:
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
         padded = bool((lengths < width).any())  # without padding attention is faster with no mask
-        cache = Cache(layer_class_to_replicate=GrowingLayer)
+        cache = transformers.Cache(layer_class_to_replicate=decoding.GrowingLayer)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         logits = self._forward(ids, mask if padded else None, positions, cache)
         # Share it over the group.

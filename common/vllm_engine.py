@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, GenerationConfig
 
 from common.errors import RunFailure, UserError, check, one_line
+from common.lazy import transformers
 from common.lora import whole_weights
 from common.model import end_ids
 from common.ranks import gather, num_ranks
@@ -249,11 +249,11 @@ class VLLMEngine:
 
 def _configs_of(name: str) -> SimpleNamespace:
     """A model's configs without its weights. Not every folder has a generation_config.json."""
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     try:
-        generation_config = GenerationConfig.from_pretrained(name)
+        generation_config = transformers.GenerationConfig.from_pretrained(name)
     except OSError:
-        generation_config = GenerationConfig()
+        generation_config = transformers.GenerationConfig()
     return SimpleNamespace(config=config, generation_config=generation_config)
 
 

@@ -1,10 +1,13 @@
 """FLOPs: against torch's own counter, and counted where they are spent."""
 
+import pytest
 import torch
 from conftest import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
-from common import flops
+from benchmarks import on_paper
+from common import flops, memory
 from common.flops import forward_flops
 from common.lm_head import chunked_backward, frozen_hidden_states
 
@@ -37,3 +40,14 @@ def test_micro_batches_count_as_their_sequences(model):
     chunked_backward(model, input_ids, mask, loss, {}, 1.0, 4)
     assert flops.take("policy") == 3 * forward_flops(model, lengths)
     assert flops.take("policy") == flops.take("teacher") == 0.0
+
+
+def test_flops_on_paper_are_those_that_are_counted():
+    """benchmarks/on_paper.py goes by a config; the counter walks over a model's layers."""
+    args = on_paper.Args(prompt=256, length=4096)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(memory.config_of("Qwen/Qwen3-1.7B"))
+    shape = memory.shape_of("Qwen/Qwen3-1.7B")
+    parts = on_paper.passes(shape, 1, args, 1, "score")
+    counted = flops.forward_flops(model, [(args.prompt, args.length)])
+    assert sum(part.flops for part in parts) == pytest.approx(counted, rel=1e-3)

@@ -18,13 +18,14 @@ from transformers import Qwen3Config
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from common.atomic_files import write_jsonl
+from common.decoding import grouped_attention
 from common.errors import UserError
 from common.logprob import likeliest, token_logprobs
 from common.model import end_ids
 from common.rollout import Rollout, load_rollouts, rollout_metrics, verify
 from common.sampler import sample_and_verify
 from common.task import OUTCOMES
-from common.torch_engine import TorchEngine, _kept, draw, grouped_attention, rows_that_fit
+from common.torch_engine import TorchEngine, _kept, draw, rows_that_fit
 
 
 def same(a, b) -> bool:

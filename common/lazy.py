@@ -1,0 +1,20 @@
+"""Large packages, imported at their first use: --help and a wrong flag wait for torch alone."""
+
+import importlib
+
+
+class Lazy:
+    """A module by name; the first attribute that is asked of it imports it."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str):
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+transformers = Lazy("transformers")
+dtensor = Lazy("torch.distributed.tensor")
+fsdp = Lazy("torch.distributed.fsdp")
+checkpointing = Lazy("torch.distributed.checkpoint")
+decoding = Lazy("common.decoding")
