@@ -18,3 +18,11 @@ dtensor = Lazy("torch.distributed.tensor")
 fsdp = Lazy("torch.distributed.fsdp")
 checkpointing = Lazy("torch.distributed.checkpoint")
 decoding = Lazy("common.decoding")
+
+
+def import_all() -> None:
+    """For a process whose children are forked: what each of them would import."""
+    for module in (dtensor, fsdp, checkpointing, decoding):
+        importlib.import_module(module._name)
+    for name in ("PreTrainedModel", "AutoModelForCausalLM", "AutoTokenizer", "GenerationConfig"):
+        getattr(transformers, name)

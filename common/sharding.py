@@ -39,8 +39,10 @@ def shard(model, args, device: torch.device) -> None:
     for module in (*model.get_decoder().layers, model):
         fsdp.fully_shard(module, **options)
         # The loss is divided by a sum over all ranks already: gradients are summed, not averaged.
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+        # (One rank has nothing to sum, and would divide by 1, into a copy.)
+        if num_ranks() > 1:
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from typing import BinaryIO
 
 from common.errors import RunFailure
 from common.input_hashes import ROOT
+from common.lazy import import_all
 from workflow.presets import KINDS
 
 
@@ -84,6 +85,7 @@ def serve(prepare: Callable[[dict], None] = lambda job: None) -> None:
     """The server. prepare: called in each child, before its script."""
     for script in dict.fromkeys(script for script, _ in KINDS.values()):
         importlib.import_module(script.removesuffix(".py"))
+    import_all()
     channel, children = socket.socket(fileno=os.dup(0)), set()
     while True:
         message, descriptors, *_ = socket.recv_fds(channel, 1 << 20, 1)
