@@ -7,17 +7,19 @@ r"""The workflow: sparse reward on the teacher, dense transfer to the student, s
     replay               as half, but the student's GRPO reuses 1H
     sft_transfer         as half, with SFT on the teacher's samples instead of FKL -> OPD
     opd_only             as half, with OPD alone
+    semi_opd             as half, with OPD on rollouts of the student that the warmup left
     sft_teacher          as half, with a teacher tuned on its own right answers [filter] by SFT
     raw_teacher          FKL -> OPD on all data from the untrained teacher
     same_size            FKL -> OPD on all data from the student that `cold` has trained
     cold_matched_tokens  as cold, until it has generated as many tokens as all of `full`
     cold_matched_flops   as cold, until it has spent as many FLOPs as all of `full`
 
-The last two are not in the paper: there labels are matched and compute is not. Stages that routes
-share run once. Each stage is a child process whose printed command line can be run by itself; it
-leaves a manifest and is skipped on the next call. At the end OUTPUT_DIR gets report.md, report.png
-and results.json. What only the workflow needs is in workflow/: presets (the settings and their
-sources), routes, stages, machine (what fits it), processes, report, figure, paper_results.
+Neither semi_opd nor the last two are in the paper: there labels are matched and compute is not.
+Stages that routes share run once. Each stage is a child process whose printed command line can be
+run by itself; it leaves a manifest and is skipped on the next call. At the end OUTPUT_DIR gets
+report.md, report.png and results.json. What only the workflow needs is in workflow/: presets (the
+settings and their sources), routes, stages, machine (what fits it), processes, report, figure,
+paper_results.
 
     python bridge.py                                             # the toy, on a CPU, in minutes
     python bridge.py --routes all --seeds 1 2 3 --jobs 2         # a study

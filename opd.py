@@ -13,8 +13,8 @@ What to know:
   token, detached. Its expected gradient is the full reverse KL's; its variance is far larger.
 - --estimator topk compares the student's k likeliest tokens and one bucket for all others. That
   tail needs its own logsumexp: without a bucket, mass leaves the top k; log(1 - sum) cancels.
-- --rollouts FILE compares the two at given completions, and samples nothing: dense supervision
-  where somebody else has been ("semi-on-policy" distillation, arXiv 2610.11291).
+- --sample_from initial leaves all sampling to the student of the start: its rollouts could be drawn
+  once, ahead ("semi-on-policy", arXiv 2610.11291). --rollouts FILE takes given ones.
 
 Shape key: P prompts per step, G completions per prompt, N = P·G sequences, T tokens,
 V vocabulary, D hidden size.
@@ -173,6 +173,8 @@ class Args:
     """whole vocabulary, the sampled token only, or the student's top k (reverse KL)"""
     topk_size: int = 16
     """k of --estimator topk"""
+    sample_from: Literal["policy", "initial"] = "policy"
+    """what samples: the policy, or the policy as it was at the start"""
     rollouts: str | None = None
     """draw the completions of this .jsonl file instead of sampling"""
 
@@ -345,12 +347,13 @@ def main(args: Args) -> None:
         return
     model = load_for_training(args.model, args, device, trainable=True)
     teacher = load_for_training(args.teacher, args, device)
+    sampled = model if args.sample_from == "policy" else load_for_training(args.model, args, device)
     share_end_ids(tokenizer, model, teacher)
     optimizer = torch.optim.AdamW(
         trained_parameters(model), betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
     run.restore(model, optimizer)
-    sampler = Sampler(backend, model, model, tokenizer, task, dataset, eval_prompts, run)
+    sampler = Sampler(backend, sampled, model, tokenizer, task, dataset, eval_prompts, run)
 
     # --- loop ---
     with run, sampler:

@@ -64,6 +64,12 @@ def of_source(source: str) -> str | None:
     return _of_files(paths) if all(path.is_file() for path in paths) else None
 
 
+def of_code() -> str:
+    """Of the scripts and rooms that stand here: a commit's name says nothing of what was edited."""
+    rooms = (ROOT / "common").rglob("*.py"), (ROOT / "workflow").glob("*.py")
+    return _of_files(sorted([*ROOT.glob("*.py"), *rooms[0], *rooms[1]]))
+
+
 def _of_files(paths: list[Path]) -> str:
     total = hashlib.sha256()
     for path in paths:

@@ -247,7 +247,8 @@ def models_of(args) -> tuple[str, list[str], str | None]:
     """The models of a trainer's Args, by name: the one that it trains, those that it holds frozen
     beside it, and the one that samples (None where the rollouts come from a file)."""
     if hasattr(args, "teacher"):
-        frozen = [args.teacher]
+        samples_from_a_copy = getattr(args, "sample_from", "policy") == "initial"  # opd.py
+        frozen = [args.teacher, *[args.model] * samples_from_a_copy]
         only_the_teacher_samples = hasattr(args, "correct_only")  # fkl_warmup.py
         sampled = args.teacher if only_the_teacher_samples else args.model
     else:

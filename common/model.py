@@ -188,7 +188,7 @@ def load_for_training(
             add_adapters(model, args.lora_rank, args.lora_alpha)
             set_adapters(model, args.seed)
         _recompute_activations(model, args)
-    frozen_teacher = hasattr(args, "teacher") and not trainable
+    frozen_teacher = not trainable and name == getattr(args, "teacher", None)
     model.flops_role = "teacher" if frozen_teacher else "policy"
     return model
 

@@ -23,7 +23,7 @@ import torch
 
 from common.atomic_files import write_json
 from common.errors import UserError, check
-from common.input_hashes import ROOT
+from common.input_hashes import ROOT, of_code
 
 # These say how a run is watched and where it fits, not what it computes: they may differ when it is
 # resumed.
@@ -83,7 +83,7 @@ def environment() -> dict[str, str]:
         git = ["git", "rev-parse", "HEAD"]
         commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     setting = {"machine": machine(), "python": sys.version.split()[0], **versions}
-    return setting | {"git_commit": commit or "not a git checkout"}
+    return setting | {"git_commit": commit or "not a git checkout", "source_hash": of_code()}
 
 
 def machine() -> str:

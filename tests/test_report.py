@@ -183,7 +183,7 @@ def test_shared_stages_are_planned_once(study):
     folders = [stage.folder for stage in stages]
     assert len(folders) == len(set(folders))
     assert sum("base" in str(folder) for folder in folders) == 2
-    assert sum(s.script != "evaluate.py" for s in stages) == 2 * 23
+    assert sum(s.script != "evaluate.py" for s in stages) == 2 * 25
 
 
 def test_report_shows_routes_claims_and_conditions(study):
@@ -235,6 +235,8 @@ TITLES = {
     "sft_transfer/sft_transfer_grpo": "RL teacher: SFT (1H), GRPO (2H)",
     "opd_only/opd_only": "RL teacher: OPD (1H)",
     "opd_only/opd_only_grpo": "RL teacher: OPD (1H), GRPO (2H)",
+    "semi_opd/semi_opd": "RL teacher: FKL, semi-OPD (1H)",
+    "semi_opd/semi_opd_grpo": "RL teacher: FKL, semi-OPD (1H), GRPO (2H)",
     "sft_teacher/sft_teacher_opd": "SFT teacher: FKL, OPD (1H)",
     "sft_teacher/sft_teacher_grpo": "SFT teacher: FKL, OPD (1H), GRPO (2H)",
     "raw_teacher/raw_teacher_opd": "raw teacher: FKL, OPD (all)",

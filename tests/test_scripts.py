@@ -412,6 +412,22 @@ def test_bad_input_of_a_child_process(bad_inputs, script, flags, message):
     check_refusal(bad_inputs, before, done.returncode, done.stderr, message)
 
 
+def test_the_initial_student_may_do_all_the_sampling(tmp_path):
+    """--sample_from initial: the last step's samples are those of a student that has not moved."""
+    drawn = {}
+    for name, flags, rate in (
+        ("policy", [], 1e-2),
+        ("initial", ["--sample_from", "initial"], 1e-2),
+        ("unmoved", [], 1e-30),
+    ):
+        flags = [*SMALL, *flags, "--warmup_steps", "0", "--num_steps", "3"]
+        flags += ["--learning_rate", rate, "--output_dir", tmp_path / name]
+        assert run("opd", *flags).returncode == 0
+        lines = (tmp_path / name / "rollouts" / "step_3.jsonl").read_text().splitlines()
+        drawn[name] = [json.loads(line)["completion_ids"] for line in lines]
+    assert drawn["initial"] == drawn["unmoved"] != drawn["policy"]
+
+
 def test_a_replaced_teacher_is_noticed(tmp_path):
     teacher, flags = tmp_path / "teacher", [*SMALL, "--num_steps", "2", "--output_dir"]
     shutil.copytree(ROOT / "toy" / "teacher", teacher)

@@ -12,12 +12,14 @@ paper.
 
     python -m toy.make                     # everything, into toy/: about 25 minutes on 2 cores
     python -m toy.make --only report       # measure the checkpoints that are there
+    python -m toy.make --only student --use 0.08 --output_dir runs/students/8
+                                           # the shipped student, tuned to another use; a minute
 """
 
 import json
 import random
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +30,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from common import data
+from common.errors import check
 from common.math_task.task import instruction
 from common.model import load_model, load_tokenizer
 from common.sampler import sample_and_verify
@@ -75,6 +78,8 @@ class Args:
     """what to rebuild"""
     seed: int = 1
     """seed of the problems and of the training"""
+    use: float | None = None
+    """with --only student: tune the shipped one to begin step by step in this share of answers"""
     output_dir: Path = HERE
     """where train.jsonl, test.jsonl, teacher/ and student/ are written"""
 
@@ -188,10 +193,13 @@ def loss_sum(
 
 
 def train(model, tokenizer, recipe: Recipe, rng: random.Random, name: str) -> None:
+    """Both phases; a recipe without skill_steps tunes the choice alone."""
     for phase, num_steps, use, rehearsed, peak in (
         ("skill", recipe.skill_steps, 0.6, 0.0, LEARNING_RATE),
         ("choice", recipe.choice_steps, recipe.use, 0.3, LEARNING_RATE / 8),
     ):
+        if num_steps == 0:
+            continue
         optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, num_steps, pct_start=0.05)
         progress = tqdm(range(num_steps), desc=f"{name}: {phase}", mininterval=10)
@@ -255,6 +263,8 @@ def report(folder: Path, problems: list[Problem]) -> dict[str, float]:
 
 
 def main(args: Args) -> None:
+    tunes_another = args.only == "student" and args.output_dir != HERE
+    check(args.use is None or tunes_another, "--use needs --only student and an --output_dir")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if args.only in ("all", "data"):
         make_data(args)
@@ -265,12 +275,17 @@ def main(args: Args) -> None:
             torch.set_num_threads(1)  # sums depend on it in their last bits; two gain little here
             tokenizer = make_tokenizer()
             model = make_model(recipe, tokenizer)
+            if args.use is not None:
+                model = load_model(str(HERE / name), "float32", torch.device("cpu"))
+                model.requires_grad_(True)
+                recipe = replace(recipe, skill_steps=0, use=args.use)
             train(model, tokenizer, recipe, random.Random(f"{args.seed}-{name}"), name)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         if args.only in ("all", "report", name):
             with Task() as task:
-                problems = data.load_problems(task, str(args.output_dir / "test.jsonl"))
+                test = HERE if args.use is not None else args.output_dir
+                problems = data.load_problems(task, str(test / "test.jsonl"))
             print(name, json.dumps(report(folder, problems)))
 
 

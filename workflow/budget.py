@@ -24,7 +24,7 @@ def most_flops(stage: Stage) -> tuple[float, float]:
     """FLOPs of a training stage: of sampling, and of scoring and updates. Raises UserError for
     models whose shapes are not known."""
     args = stage.args()
-    trained, frozen, sampled = memory.models_of(args)
+    trained, _, sampled = memory.models_of(args)
     sequences = args.num_steps * args.prompts_per_step * args.group_size
 
     def forward(name: str, completions: int, prompts: float = 1.0) -> tuple[float, float]:
@@ -46,7 +46,7 @@ def most_flops(stage: Stage) -> tuple[float, float]:
     tokens = sequences * (args.max_prompt_tokens + args.max_new_tokens)
     update += args.num_epochs * 3 * adapters * tokens
     if hasattr(args, "teacher"):
-        update += args.num_epochs * sum(sum(forward(name, sequences)) for name in frozen)
+        update += args.num_epochs * sum(forward(args.teacher, sequences))
     else:  # GRPO scores its reference, and before several updates itself
         scored = (args.kl_coef > 0) + (args.num_epochs * args.num_minibatches > 1)
         update += scored * (weights + attention)

@@ -14,7 +14,8 @@ UNTRAINED = "models/untrained_student"
 MODELS_COLOUR = "#8c8c8c"
 # How far a student has come, by the kind of its last training stage.
 PHASES = ["untrained", "after warmup", "after transfer", "after GRPO"]
-PHASE_OF = {"fkl_warmup": 1, "sft_transfer": 2, "opd": 2, "student_grpo": 3}
+PHASE_OF = {"fkl_warmup": 1, "sft_transfer": 2, "opd": 2, "semi_opd": 2, "student_grpo": 3}
+BRIDGE = ("fkl_warmup", "opd", "semi_opd")
 
 
 def colour_of(route: str) -> str:
@@ -92,7 +93,7 @@ def draw_distance(panel, evaluations: list[Evaluation]) -> None:
     """C2: KL(student || teacher) at each student step, mean over seeds."""
     curves: dict[str, dict[int, list[float]]] = {}  # route -> seed -> curve of its longest student
     for evaluation in evaluations:
-        stages = [s for s in evaluation.stage.lineage() if s.kind in ("fkl_warmup", "opd")]
+        stages = [s for s in evaluation.stage.lineage() if s.kind in BRIDGE]
         if stages and evaluation.route not in ("models", "replay"):
             logs = [(stage.folder / "metrics.jsonl").read_text() for stage in stages]
             lines = [line for log in logs for line in log.splitlines()]

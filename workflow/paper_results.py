@@ -19,12 +19,13 @@ SFT, SFT_THEN_GRPO = "sft_transfer/sft_transfer", "sft_transfer/sft_transfer_grp
 OPD, OPD_THEN_GRPO = "opd_only/opd_only", "opd_only/opd_only_grpo"
 EQUAL_TOKENS = "cold_matched_tokens/cold_matched_tokens"
 EQUAL_FLOPS = "cold_matched_flops/cold_matched_flops"
-CONTROL = "control of ours"
+CONTROL, SEMI_PAPER = "control of ours", "arXiv 2610.11291"
 CLAIMS = (
     Claim("raw-teacher bridge < cold GRPO", RAW, COLD),
     Claim("cold GRPO < RL-teacher bridge", COLD, FULL),
     Claim("SFT < OPD only, on 1H", SFT, OPD),
     Claim("OPD only < FKL, OPD, on 1H", OPD, "half/opd"),
+    Claim("OPD < OPD on rollouts sampled once", "half/opd", "semi_opd/semi_opd", SEMI_PAPER),
     Claim("SFT < OPD only, then GRPO on 2H", SFT_THEN_GRPO, OPD_THEN_GRPO),
     Claim("OPD only < FKL, OPD, then GRPO on 2H", OPD_THEN_GRPO, HALF),
     Claim("replay of 1H < new labels 2H", "replay/replay_grpo", HALF),

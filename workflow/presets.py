@@ -28,6 +28,7 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
     "teacher_sft": ("fkl_warmup.py", {"hard_labels": True, "correct_only": True}),
     "fkl_warmup": ("fkl_warmup.py", {}),
     "opd": ("opd.py", {}),
+    "semi_opd": ("opd.py", {"sample_from": "initial"}),
     "sft_transfer": ("fkl_warmup.py", {"hard_labels": True}),
     "student_grpo": ("grpo.py", {}),
     "evaluate": ("evaluate.py", {}),
@@ -65,12 +66,14 @@ TOY_GRPO = TOY_SHARED | {
 }
 TOY_TRANSFER = TOY_SHARED | {"warmup_steps": ours(5)}
 TOY_UPDATES = ours(40, "as many as warmup and OPD, so that cold GRPO gets as many updates")
+TOY_OPD = {"num_steps": ours(25), "learning_rate": ours(3e-4)}
 TOY: Preset = {
     "teacher_grpo": TOY_GRPO | {"num_steps": TOY_UPDATES, "learning_rate": ours(2e-4)},
     "teacher_sft": TOY_TRANSFER
     | {"num_steps": ours(40, "the label uses of teacher_grpo"), "learning_rate": ours(2e-4)},
     "fkl_warmup": TOY_TRANSFER | {"num_steps": ours(15), "learning_rate": ours(7e-4)},
-    "opd": TOY_TRANSFER | {"num_steps": ours(25), "learning_rate": ours(3e-4)},
+    "opd": TOY_TRANSFER | TOY_OPD,
+    "semi_opd": TOY_TRANSFER | TOY_OPD,
     "sft_transfer": TOY_TRANSFER | {"learning_rate": ours(7e-4, "as fkl_warmup")},
     "student_grpo": TOY_GRPO | {"num_steps": ours(20), "learning_rate": ours(3e-4)},
     "evaluate": {"num_samples": paper(16), "temperature": ours(1.0, "as in training")},
@@ -104,11 +107,13 @@ REAL_TRANSFER = REAL_SHARED | {
     "max_prompt_tokens": paper(2048),
     "micro_batch_tokens": paper(4 * (2048 + 16384), "its 4 sequences, at full length"),
 }
+REAL_OPD = {"num_steps": ours(132, "the paper's 1 epoch of a half")}
 REAL: Preset = {
     "teacher_grpo": REAL_GRPO,
     "teacher_sft": REAL_TRANSFER | {"num_steps": ours(1320, "the label uses of teacher_grpo")},
     "fkl_warmup": REAL_TRANSFER | {"num_steps": ours(33, "a quarter of an epoch of a half")},
-    "opd": REAL_TRANSFER | {"num_steps": ours(132, "the paper's 1 epoch of a half")},
+    "opd": REAL_TRANSFER | REAL_OPD,
+    "semi_opd": REAL_TRANSFER | REAL_OPD,
     "sft_transfer": REAL_TRANSFER,
     "student_grpo": REAL_GRPO,
     "evaluate": {

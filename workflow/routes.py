@@ -57,6 +57,7 @@ FULL = fkl_then_opd("full_", RL_TEACHER_ALL, "all", "full")
 HALF = fkl_then_opd("", RL_TEACHER_1H, "1H", "half")
 SFT_1H = Recipe("sft_transfer", "sft_transfer", "1H", STUDENT, RL_TEACHER_1H, "sft_transfer")
 OPD_1H = Recipe("opd_only", "opd", "1H", STUDENT, RL_TEACHER_1H, "opd_only")
+SEMI_HALF = replace(HALF, name="semi_opd", kind="semi_opd", route="semi_opd")
 SFT_HALF = fkl_then_opd("sft_teacher_", SFT_TEACHER, "1H", "sft_teacher")
 
 
@@ -72,6 +73,7 @@ ROUTES = {
     "replay": Route(last_grpo("replay_grpo", HALF, "1H", "replay"), "#6aa6d8"),
     "sft_transfer": Route(last_grpo("sft_transfer_grpo", SFT_1H, "2H", "sft_transfer"), "#2f8f5b"),
     "opd_only": Route(last_grpo("opd_only_grpo", OPD_1H, "2H", "opd_only"), "#86bf6a"),
+    "semi_opd": Route(last_grpo("semi_opd_grpo", SEMI_HALF, "2H", "semi_opd"), "#5fb0b7"),
     "sft_teacher": Route(last_grpo("sft_teacher_grpo", SFT_HALF, "2H", "sft_teacher"), "#8057a8"),
     "raw_teacher": Route(fkl_then_opd("raw_teacher_", TEACHER, "all", "raw_teacher"), "#b03a48"),
     "same_size": Route(fkl_then_opd("same_size_", COLD, "all", "same_size"), "#c7a423"),
@@ -81,7 +83,13 @@ ROUTES = {
 
 TEACHER_NAMES = {"teacher_grpo": "RL teacher", "teacher_sft": "SFT teacher"}
 TEACHER_NAMES |= {"student_grpo": "RL student as teacher"}
-METHODS = {"fkl_warmup": "FKL", "opd": "OPD", "sft_transfer": "SFT", "student_grpo": "GRPO"}
+METHODS = {
+    "fkl_warmup": "FKL",
+    "opd": "OPD",
+    "semi_opd": "semi-OPD",
+    "sft_transfer": "SFT",
+    "student_grpo": "GRPO",
+}
 
 
 def title_of(recipe: Recipe) -> str:
