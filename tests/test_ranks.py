@@ -208,8 +208,10 @@ import ctypes, sys, threading, time
 from pathlib import Path
 from types import SimpleNamespace
 import torch, torch.distributed as dist
+from common.lazy import import_all
 from common.model import load_for_training
 
+import_all()  # before memory is looked at
 ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: else the C library keeps what is freed
 
 def own_memory():
