@@ -14,7 +14,7 @@ r"""The workflow: sparse reward on the teacher, dense transfer to the student, s
     cold_matched_tokens  as cold, until it has generated as many tokens as all of `full`
     cold_matched_flops   as cold, until it has spent as many FLOPs as all of `full`
 
-Neither semi_opd nor the last two are in the paper: there labels are matched and compute is not.
+The paper has neither semi_opd nor the last two: it matches labels, not compute.
 Stages that routes share run once. Each stage is a child process whose printed command line can be
 run by itself; it leaves a manifest and is skipped on the next call. At the end OUTPUT_DIR gets
 report.md, report.png and results.json. What only the workflow needs is in workflow/: presets (the

@@ -272,7 +272,8 @@ def backward(model, teacher, rollouts: list[Rollout], args: Args) -> dict[str, f
     num_tokens = max(1, sum_over_ranks(sum(len(rollout.completion_ids) for rollout in rollouts)))
     denominator = num_tokens
     teacher_head = head_weight(teacher, teacher.dtype)
-    room = teacher_head.new_empty(args.chunk_size, len(teacher_head))  # for a chunk's logits
+    longest = max(args.micro_batch_tokens, args.max_prompt_tokens + args.max_new_tokens)
+    room = teacher_head.new_empty(min(args.chunk_size, longest), len(teacher_head))
 
     def chunk_loss(logits: torch.Tensor, teacher_hidden: torch.Tensor, tokens: torch.Tensor):
         teacher_logits = torch.mm(teacher_hidden, teacher_head.T, out=room[: len(tokens)])

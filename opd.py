@@ -299,7 +299,8 @@ def backward(model, teacher, rollouts: list[Rollout], args: Args) -> dict[str, f
     num_tokens = max(1, sum_over_ranks(sum(len(rollout.completion_ids) for rollout in rollouts)))
     denominator = num_tokens
     teacher_head = head_weight(teacher, teacher.dtype)
-    room = teacher_head.new_empty(args.chunk_size, len(teacher_head))  # for a chunk's logits
+    longest = max(args.micro_batch_tokens, args.max_prompt_tokens + args.max_new_tokens)
+    room = teacher_head.new_empty(min(args.chunk_size, longest), len(teacher_head))
 
     def chunk_loss(logits: torch.Tensor, teacher_hidden: torch.Tensor, tokens: torch.Tensor):
         teacher_logits = torch.mm(teacher_hidden, teacher_head.T, out=room[: len(tokens)])
@@ -328,6 +329,8 @@ def main(args: Args) -> None:
         args.estimator == "full" or args.divergence == "reverse_kl",
         f"--estimator {args.estimator} is of the reverse KL; drop --divergence {args.divergence}",
     )
+    given = args.rollouts and args.sample_from == "initial"
+    check(not given, "--rollouts takes given completions; drop --sample_from initial")
     device = join_ranks(args)
     backend = resolve_backend(args, device)
     torch.manual_seed(args.seed)
@@ -348,7 +351,7 @@ def main(args: Args) -> None:
     model = load_for_training(args.model, args, device, trainable=True)
     teacher = load_for_training(args.teacher, args, device)
     sampled = model if args.sample_from == "policy" else load_for_training(args.model, args, device)
-    share_end_ids(tokenizer, model, teacher)
+    share_end_ids(tokenizer, model, teacher, sampled)
     optimizer = torch.optim.AdamW(
         trained_parameters(model), betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )

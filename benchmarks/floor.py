@@ -1,5 +1,5 @@
-"""What a step costs at least on this machine: its counted FLOPs at the rate of one large matrix
-product, and the weights that each decoded token reads, at the rate of a copy."""
+"""Two rates of this machine. A step's floor is made of them: its counted FLOPs at the rate of one
+large matrix product, and the weights that each decoded token reads, at the rate of a copy."""
 
 import time
 
@@ -27,8 +27,3 @@ def _best(work) -> float:
         work()
         seconds.append(time.perf_counter() - began)
     return min(seconds)
-
-
-def floor(flops: float, decoded: int, weight_bytes: int, dtype: torch.dtype) -> float:
-    """Seconds. decoded: how often the weights were read to sample one more token of a batch."""
-    return flops / product_rate(dtype) + decoded * weight_bytes / copy_rate()

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from common import logprob
+from common import divergence, logprob
 from common.lm_head import _add_product, head_backward
 from common.ranks import resolve_device
 from common.sharding import DTYPES
@@ -135,6 +135,16 @@ def kernels(args: Args, device: torch.device) -> None:
             2,
         ),
     }
+    teacher = torch.randn_like(logits)
+    found = divergence._forward_triton(logits, teacher, "reverse_kl", 1.0)
+    work["divergence forward"] = (
+        lambda: divergence._forward_triton(logits, teacher, "reverse_kl", 1.0),
+        2,
+    )
+    work["divergence backward"] = (
+        lambda: divergence._backward_triton(logits, teacher, found, up, "reverse_kl", 1.0, target),
+        3,
+    )
     index = tokens[:, None]
     work["log_softmax + gather"] = (lambda: logits.float().log_softmax(-1).gather(-1, index), 1)
     if find_spec("liger_kernel"):  # forward and gradient in one, over the logits

@@ -83,8 +83,10 @@ def passes(shape: memory.Shape, sequences: int, args: Args, times: int, what: st
     ]
 
 
-def overheads(shape: memory.Shape, sequences: int, updates: int, flags, args: Args) -> list[Part]:
-    """What this design adds to the method's own work, for the trained model."""
+def overheads(shape: memory.Shape, sequences: int, scored: int, flags, args: Args) -> list[Part]:
+    """What this design adds to the method's own work, for the trained model. scored: forward passes
+    beside the update's."""
+    updates = flags.num_minibatches
     whole = args.prompt + args.length
     micro_batches = sequences / max(1, flags.micro_batch_tokens // whole)
     chunks = sequences * args.length / flags.chunk_size
@@ -92,15 +94,18 @@ def overheads(shape: memory.Shape, sequences: int, updates: int, flags, args: Ar
     layers = shape.layers * shape.layer
     # FSDP2 casts float32 to bfloat16 at each gathering, forward and backward, and adds float32.
     gathering = micro_batches * (2 * layers * (4 + C) + layers * (C + 4 + 4 + 4))
-    kernel_bytes = 3 * C * logits if not hasattr(flags, "teacher") else 5 * C * logits
+    gathering += scored * micro_batches * layers * (4 + C)
+    # The loss reads and writes logits; with a teacher it reads both twice, and once for the top 16.
+    kernel_bytes = (7 if hasattr(flags, "teacher") else 3) * C * logits
+    launches = 2 * -(-shape.vocab // 4096) + 30
     return [
         Part(
             "logits: written and read again by products and loss", 0, 4 * C * logits + kernel_bytes
         ),
-        Part("head's gradient added up in float32", 0, chunks * 10 * shape.vocab * shape.hidden),
+        Part("head's gradient added up in float32", 0, chunks * 12 * shape.vocab * shape.hidden),
         Part("gathering and gradients a micro-batch", 0, gathering, own=True),
         Part("AdamW", 0, updates * 28 * shape.params),
-        Part("chunk loop: launches", fixed=chunks * 60 * LAUNCH, own=True),
+        Part("chunk loop: launches", fixed=chunks * launches * LAUNCH, own=True),
         Part("waits of the host", fixed=micro_batches * 6 * SYNC, own=True),
         Part("sync to vLLM and its bit-by-bit proof", 0, (4 + 4 * C) * shape.params, own=True),
         Part("canary: prefill and 8 tokens", 0, 10 * C * shape.params, own=True),
@@ -113,6 +118,7 @@ def step(kind: str, trained: str, teacher: str | None, args: Args) -> list[Part]
     flags = module.Args(**settings)
     shape, sequences = memory.shape_of(trained), flags.prompts_per_step * flags.group_size
     parts = sampling(shape, sequences, flags, args)
+    scored = 0
     if teacher:
         parts += passes(memory.shape_of(teacher), sequences, args, 1, "teacher")
     else:
@@ -120,7 +126,7 @@ def step(kind: str, trained: str, teacher: str | None, args: Args) -> list[Part]
         for part in passes(shape, sequences, args, 1, "reference and old log-probs"):
             parts.append(Part(part.name, scored * part.flops))
     parts += passes(shape, sequences, args, 3, "update")
-    return parts + overheads(shape, sequences, flags.num_minibatches, flags, args)
+    return parts + overheads(shape, sequences, scored, flags, args)
 
 
 def table(title: str, parts: list[Part]) -> None:

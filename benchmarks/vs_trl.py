@@ -29,7 +29,7 @@ from typing import Literal
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.floor import floor
+from benchmarks.floor import copy_rate, product_rate
 from common import data, flops, rollout, sampler
 from common.input_hashes import ROOT, model_path
 from common.model import load_tokenizer
@@ -160,8 +160,9 @@ def run_ours(args: Args) -> dict[str, list[float]]:
     weights = sum(file.stat().st_size for file in Path(args.model).glob("*.safetensors"))
     weights = weights // 4 * DTYPES[args.dtype].itemsize  # the files are in float32
     spent = [sum(pair) for pair in zip(counts["flops"][::2], counts["flops"][1::2], strict=True)]
+    rates = product_rate(DTYPES[args.dtype]), copy_rate()
     times["floor"] = [
-        floor(number, decoded, weights, DTYPES[args.dtype])
+        number / rates[0] + decoded * weights / rates[1]
         for number, decoded in zip(spent, counts["decoded"], strict=True)
     ]
     return times | {"length": [row["rollout/length"] for row in rows]}

@@ -62,7 +62,7 @@ def load_checkpoint(path: Path, model, optimizer) -> None:
     """Into model, optimizer (see prepare_state) and the CPU's random number generator."""
     try:
         read_tensors(path, training_state(model, optimizer))
-    except checkpointing.api.CheckpointException as error:
+    except checkpointing.CheckpointException as error:
         message = f"{path} is not of this model and this version of the code"
         raise UserError(f"{message}; choose another --output_dir") from error
     torch.set_rng_state(load_file(path / "rng.safetensors")["cpu"])

@@ -22,7 +22,7 @@ def grouped_attention(module, query, key, value, attention_mask, scaling, **opti
         )
     queries = query.view(B, key.shape[1], -1, head_size)
     output = scaled_dot_product_attention(queries, key, value, attention_mask, scale=scaling)
-    return output.view(B, 1, H, head_size), None
+    return output.reshape(B, 1, H, -1), None  # a GPU's kernels may return it transposed
 
 
 AttentionInterface.register(ATTENTION, grouped_attention)

@@ -98,9 +98,8 @@ def head_backward(
             weight.grad = torch.zeros_like(weight)
         total = torch.zeros_like(compute_weight, dtype=weight.dtype) if sharded else weight.grad
     leaf, hidden_grad = hidden.detach(), torch.empty_like(hidden)
-    room = leaf.new_empty(
-        min(chunk_size, len(leaf)), len(compute_weight)
-    )  # every chunk's logits in turn
+    # Every chunk's logits in turn.
+    room = leaf.new_empty(min(chunk_size, len(leaf)), len(compute_weight))
     sums: dict[str, torch.Tensor] = {}
     for first in range(0, len(hidden), chunk_size):
         chunk = slice(first, first + chunk_size)

@@ -207,7 +207,7 @@ def plan(
     items.append(Item("activations", tokens * kept, phase="update"))
     head = trained.vocab * trained.hidden
     copy = (c if args.lora_rank else 4 + c) * head if sharded else 0
-    copy += sum(c * s.vocab * s.hidden for s in frozen if sharded)
+    copy += sum(c * s.vocab * s.hidden for s in frozen[:1] if sharded)  # a second one samples
     chunk = min(args.chunk_size, tokens)
     # The gradient is written over the logits; a teacher's stand beside them. Buckets of the top k
     # are made of float32 copies.

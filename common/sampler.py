@@ -18,9 +18,10 @@ from common.vllm_engine import VLLMEngine
 class Sampler:
     """The rollouts of a training run.
 
-    `sampled` is the model that samples, `trained` the one that is evaluated: the same, but for a
-    teacher's rollouts. `dataset`: prompts, or given rollouts (--rollouts), which are drawn as they
-    are. With vLLM the weights of `trained` must come through `sync` after each update.
+    `sampled` is the model that samples, `trained` the one that is evaluated: the same, but for the
+    rollouts of a teacher or of the initial student. `dataset`: prompts, or given rollouts
+    (--rollouts), which are drawn as they are. With vLLM the weights of `trained` must come through
+    `sync` after each update.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Sampler:
         self.engine = self.eval_engine = TorchEngine(trained, tokenizer, DTYPES[run.args.dtype])
         if not self.gives:
             self.engine = make_engine(backend, sampled, tokenizer, dataset, run.args)
-        if sampled is trained:  # else with transformers: no second vLLM beside the teacher's
+        if sampled is trained:  # else with transformers: no second vLLM beside that of `sampled`
             self.eval_engine = self.engine
 
     def __enter__(self) -> "Sampler":

@@ -14,11 +14,12 @@ from conftest import (
     prompts_of_many_lengths,
     tiny_model,
 )
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen3Config
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from common import decoding
 from common.atomic_files import write_jsonl
-from common.decoding import grouped_attention
 from common.errors import UserError
 from common.logprob import likeliest, token_logprobs
 from common.model import end_ids
@@ -145,8 +146,21 @@ def test_the_likeliest_words_are_topks(num_words):
         assert torch.equal(x.gather(1, found.indices), found.values)
 
 
-def test_one_query_attends_as_through_transformers(tokenizer):
-    """Heads that share keys and values, behind padding and not."""
+@pytest.mark.parametrize("layout", ["as the query", "transposed"])
+def test_one_query_attends_as_through_transformers(tokenizer, monkeypatch, layout):
+    """Heads that share keys and values, behind padding and not; some GPU kernels lay their output
+    out as [B, T, H, head size]."""
+    if layout == "transposed":
+        monkeypatch.setattr(
+            decoding,
+            "scaled_dot_product_attention",
+            lambda *args, **options: (
+                scaled_dot_product_attention(*args, **options)
+                .transpose(1, 2)
+                .contiguous()
+                .transpose(1, 2)
+            ),
+        )
     model = tiny_model(tokenizer)
     assert model.config.num_attention_heads > model.config.num_key_value_heads
     layer, mask = model.get_decoder().layers[0].self_attn, torch.ones(3, 1, 1, 7).bool()
@@ -156,7 +170,7 @@ def test_one_query_attends_as_through_transformers(tokenizer):
     for seen in (mask, None):
         inputs = (layer, query, key, value, seen)
         expected, _ = sdpa_attention_forward(*inputs, scaling=0.25)
-        found, _ = grouped_attention(*inputs, scaling=0.25)
+        found, _ = decoding.grouped_attention(*inputs, scaling=0.25)
         torch.testing.assert_close(found, expected)
 
 

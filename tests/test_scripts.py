@@ -307,6 +307,7 @@ CASES = [(script, *case) for script in TRAINERS for case in BAD] + [
     ("opd", "--teacher other", "different vocabularies"),
     ("fkl_warmup", "--teacher other", "different vocabularies"),
     ("opd", "--estimator sampled --divergence jsd", "drop --divergence jsd"),
+    ("opd", "--rollouts r.jsonl --sample_from initial", "drop --sample_from initial"),
     ("fkl_warmup", "--rollouts columns.jsonl", "needs text columns"),
     ("evaluate", "--model no/such/model", "neither a local folder nor a hub id"),
     ("evaluate", "--top_p 0", "--top_p is 0"),

@@ -263,7 +263,7 @@ def report(folder: Path, problems: list[Problem]) -> dict[str, float]:
 
 
 def main(args: Args) -> None:
-    tunes_another = args.only == "student" and args.output_dir != HERE
+    tunes_another = args.only == "student" and args.output_dir.resolve() != HERE
     check(args.use is None or tunes_another, "--use needs --only student and an --output_dir")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if args.only in ("all", "data"):
@@ -274,8 +274,9 @@ def main(args: Args) -> None:
             torch.manual_seed(args.seed)
             torch.set_num_threads(1)  # sums depend on it in their last bits; two gain little here
             tokenizer = make_tokenizer()
-            model = make_model(recipe, tokenizer)
-            if args.use is not None:
+            if args.use is None:
+                model = make_model(recipe, tokenizer)
+            else:
                 model = load_model(str(HERE / name), "float32", torch.device("cpu"))
                 model.requires_grad_(True)
                 recipe = replace(recipe, skill_steps=0, use=args.use)

@@ -25,7 +25,9 @@ CLAIMS = (
     Claim("cold GRPO < RL-teacher bridge", COLD, FULL),
     Claim("SFT < OPD only, on 1H", SFT, OPD),
     Claim("OPD only < FKL, OPD, on 1H", OPD, "half/opd"),
-    Claim("OPD < OPD on rollouts sampled once", "half/opd", "semi_opd/semi_opd", SEMI_PAPER),
+    Claim(
+        "OPD < OPD on the initial student's rollouts", "half/opd", "semi_opd/semi_opd", SEMI_PAPER
+    ),
     Claim("SFT < OPD only, then GRPO on 2H", SFT_THEN_GRPO, OPD_THEN_GRPO),
     Claim("OPD only < FKL, OPD, then GRPO on 2H", OPD_THEN_GRPO, HALF),
     Claim("replay of 1H < new labels 2H", "replay/replay_grpo", HALF),

@@ -84,7 +84,7 @@ REAL_SHARED = {
     "activation_checkpointing": ours(True, "sequences of 19,000 tokens"),
     "learning_rate": paper(1e-6),
     "max_new_tokens": paper(16384),
-    "chunk_size": ours(1024, "tokens of the head at once: 0.6 GB of float32 logits at 152k words"),
+    "chunk_size": ours(1024, "tokens of the head at once: 0.3 GB of logits at 152k words"),
     "warmup_steps": ours(10),
 }
 REAL_GRPO = REAL_SHARED | {
@@ -197,6 +197,7 @@ def preset_of(args) -> Preset:
     """The built-in preset, under the user's file, under the flags of bridge.py."""
     built_in = TOY if args.teacher.startswith("toy/") else REAL
     from_file = read_preset(args.preset) if args.preset else {}
+    from_file["semi_opd"] = from_file.get("opd", {}) | from_file.get("semi_opd", {})
     chosen = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
     preset: Preset = {}
     for kind, settings in built_in.items():
