@@ -13,7 +13,7 @@ paper.
     python -m toy.make                     # everything, into toy/: about 25 minutes on 2 cores
     python -m toy.make --only report       # measure the checkpoints that are there
     python -m toy.make --only student --use 0.08 --output_dir runs/students/8
-                                           # the shipped student, tuned to another use; a minute
+                                           # the shipped student, tuned to another use
 """
 
 import json
