@@ -329,8 +329,6 @@ def main(args: Args) -> None:
         args.estimator == "full" or args.divergence == "reverse_kl",
         f"--estimator {args.estimator} is of the reverse KL; drop --divergence {args.divergence}",
     )
-    given = args.rollouts and args.sample_from == "initial"
-    check(not given, "--rollouts takes given completions; drop --sample_from initial")
     device = join_ranks(args)
     backend = resolve_backend(args, device)
     torch.manual_seed(args.seed)

@@ -161,6 +161,12 @@ def _below_top(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, 
 if triton:
 
     @triton.jit
+    def _load_scaled(logits, columns, num_words, temperature):
+        """A block of a row in float32; -inf beyond its end."""
+        x = tl.load(logits + columns, mask=columns < num_words, other=float("-inf"))
+        return x.to(tl.float32) / temperature
+
+    @triton.jit
     def _add_block(x, other, top, total, moment, gap):
         """Sums over a row so far, with weights w = exp(x - top), and one more block: of w, of
         w (x - top) and of w (x - other)."""
@@ -209,11 +215,8 @@ if triton:
         teacher_gap = 0.0
         for start in range(0, num_words, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            inside = columns < num_words
-            x = tl.load(logits + columns, mask=inside, other=float("-inf"))
-            y = tl.load(teacher_logits + columns, mask=inside, other=float("-inf"))
-            x = x.to(tl.float32) / temperature
-            y = y.to(tl.float32) / temperature
+            x = _load_scaled(logits, columns, num_words, temperature)
+            y = _load_scaled(teacher_logits, columns, num_words, temperature)
             top, total, moment, gap = _add_block(x, y, top, total, moment, gap)
             teacher_top, teacher_total, teacher_moment, teacher_gap = _add_block(
                 y, x, teacher_top, teacher_total, teacher_moment, teacher_gap
@@ -235,11 +238,10 @@ if triton:
             from_teacher = 0.0
             for start in range(0, num_words, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
-                inside = columns < num_words
-                x = tl.load(logits + columns, mask=inside, other=float("-inf"))
-                y = tl.load(teacher_logits + columns, mask=inside, other=float("-inf"))
-                logp = x.to(tl.float32) / temperature - top - log_sum
-                logq = y.to(tl.float32) / temperature - teacher_top - teacher_log_sum
+                x = _load_scaled(logits, columns, num_words, temperature)
+                y = _load_scaled(teacher_logits, columns, num_words, temperature)
+                logp = x - top - log_sum
+                logq = y - teacher_top - teacher_log_sum
                 p = tl.exp(logp)
                 q = tl.exp(logq)
                 to_mixture += tl.sum(tl.where(p > 0, p * _over_mixture(logp, logq), 0.0), 0)

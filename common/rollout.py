@@ -104,6 +104,8 @@ def load_rollouts(task: Task, tokenizer, prompts: list[Prompt], args) -> list[Ro
     Rows of other problems (another split, an evaluation set) and completions over --max_new_tokens
     are left out, with a count.
     """
+    sampled = getattr(args, "sample_from", "policy") != "policy"  # opd.py
+    check(not sampled, "--rollouts takes given completions; drop --sample_from initial")
     prompt_of = {prompt.problem.key: prompt for prompt in prompts}
     ends = end_ids(tokenizer)
     rows, rollouts, too_long = read_jsonl(Path(args.rollouts)), [], 0
