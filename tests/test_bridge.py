@@ -121,7 +121,7 @@ def test_a_users_preset_lies_over_the_built_in_one(tmp_path):
     command = stages["student_grpo"].command
     assert "--num_steps 7 " in command
     assert "--dynamic_sampling" in command
-    assert stages["cold"].flags["num_steps"] == 47  # as teacher_grpo and student_grpo
+    assert stages["cold"].flags["num_steps"] == 43  # as teacher_grpo and student_grpo
     assert "--no_enforce_eager" in stages["eval_opd"].command
 
 
@@ -185,7 +185,7 @@ def test_one_gpu_of_80_gb_gets_what_makes_each_stage_fit(capsys):
         assert 0.2 < float(settings["vllm_gpu_memory"]) <= 0.85
     assert "host memory, since the GPU is too small (147 GB)" in printed
     assert "# memory of teacher_grpo of Qwen/Qwen3-8B, GB for each of 1 ranks: computed" in printed
-    assert printed.count("fits a GPU of 80 GB") == 4
+    assert printed.count("fits a GPU of 80 GB") == 5  # one for each kind of stage
     assert "host memory, and there are" not in printed
 
 

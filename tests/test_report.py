@@ -131,19 +131,19 @@ def test_cost_of_a_route(study):
     behind = ("teacher_grpo", "fkl_warmup", "opd", "student_grpo")
     numbers = [sum(number[seed, name] for name in behind) for seed in (1, 2)]
     assert half["distinct_labels"] == 300
-    assert half["label_uses"] == 256 * (40 + 20)
-    assert half["monitoring_calls"] == 256 * (15 + 25)
-    assert half["student_steps"] == 15 + 25 + 20
+    assert half["label_uses"] == 256 * (36 + 12)
+    assert half["monitoring_calls"] == 256 * (12 + 24)
+    assert half["student_steps"] == 12 + 24 + 12
     assert half["generated_tokens"] == pytest.approx(10_000 * sum(numbers) / 2)
     assert half["training_flops"] == pytest.approx(1e12 * sum(numbers) / 2)
     assert half["teacher_flops"] == pytest.approx(1e9 * sum(numbers) / 2)
     replay = rows["RL teacher: FKL, OPD (1H), GRPO (1H)"]
-    assert (replay["distinct_labels"], replay["label_uses"]) == (150, 256 * 60)
+    assert (replay["distinct_labels"], replay["label_uses"]) == (150, 256 * 48)
     assert rows["raw teacher: FKL, OPD (all)"]["label_uses"] == 0
-    assert rows["SFT teacher (1H)"]["label_uses"] == 256 * 40
+    assert rows["SFT teacher (1H)"]["label_uses"] == 256 * 36
     same_size = rows["RL student as teacher: FKL, OPD (all)"]
-    assert same_size["label_uses"] == rows["cold: GRPO (all)"]["label_uses"] == 256 * 60
-    assert same_size["student_steps"] == 60  # not the steps of its teacher
+    assert same_size["label_uses"] == rows["cold: GRPO (all)"]["label_uses"] == 256 * 48
+    assert same_size["student_steps"] == 48  # not the steps of its teacher
     assert rows["untrained student"]["generated_tokens"] == 0
 
 

@@ -14,7 +14,8 @@ UNTRAINED = "models/untrained_student"
 MODELS_COLOUR = "#8c8c8c"
 # How far a student has come, by the kind of its last training stage.
 PHASES = ["untrained", "after warmup", "after transfer", "after GRPO"]
-PHASE_OF = {"fkl_warmup": 1, "sft_transfer": 2, "opd": 2, "semi_opd": 2, "student_grpo": 3}
+PHASE_OF = {"fkl_warmup": 1, "sft_transfer": 2, "opd": 2, "semi_opd": 2}
+PHASE_OF |= {"student_grpo": 3, "cold_grpo": 3}
 BRIDGE = ("fkl_warmup", "opd", "semi_opd")
 
 
@@ -23,22 +24,25 @@ def colour_of(route: str) -> str:
 
 
 def draw(rows: list[dict], evaluations: list[Evaluation], path: Path) -> None:
-    """Routes with intervals, one panel a benchmark; then, of the first benchmark, accuracy against
-    label uses and FLOPs, the KL to the teacher through the student's stages, and its behaviour."""
+    """Of the first benchmark, what each stage makes of the student, in accuracy and in behaviour;
+    then every model with intervals, a panel a benchmark; then costs, and the KL to the teacher."""
     import matplotlib  # here: half a second, and only the last process draws
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     names = list(rows[0]["benchmarks"])
-    heights = [0.8 + 0.27 * len(rows), 4.2, 4.2]
+    heights = [4.6, 0.8 + 0.27 * len(rows), 4.2]
     size = (6.6 * max(2, len(names)), sum(heights))
     figure = pyplot.figure(figsize=size, layout="constrained")
     top, middle, bottom = figure.subfigures(3, 1, height_ratios=heights)
-    panels = top.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    accuracy, behaviour = top.subplots(1, 2)
+    draw_accuracy(accuracy, rows, evaluations, names[0])
+    draw_behaviour(behaviour, evaluations, names[0])
+    panels = middle.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for panel, name in zip(panels, names, strict=True):
         draw_routes(panel, rows, name)
-    labels, flops = middle.subplots(1, 2, sharey=True)
+    labels, flops, distance = bottom.subplots(1, 3)
     draw_cost(labels, rows, names[0], lambda row: row["label_uses"])
     labels.set_xlabel("label uses (reward calls)")
     labels.set_xscale("symlog", linthresh=5000)
@@ -46,13 +50,59 @@ def draw(rows: list[dict], evaluations: list[Evaluation], path: Path) -> None:
     draw_cost(flops, rows, names[0], lambda row: sum(row[key] for key in both) / 1e12)
     flops.set_xlabel("TFLOPs, teacher included")
     flops.set_xscale("symlog", linthresh=0.1)
-    distance, behaviour = bottom.subplots(1, 2)
     draw_distance(distance, evaluations)
-    draw_behaviour(behaviour, evaluations, names[0])
-    for panel in (*panels, labels, flops, distance, behaviour):
+    for panel in (accuracy, behaviour, *panels, labels, flops, distance):
         panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def draw_accuracy(panel, rows: list[dict], evaluations: list[Evaluation], name: str) -> None:
+    numbers = {}
+    for row in rows:
+        result = row["benchmarks"][name]
+        low, high = result["over_seeds"] or result["over_problems"]
+        numbers[row["id"]] = tuple(100 * v for v in (result["accuracy"], low, high))
+    draw_stages(panel, evaluations, numbers)
+    k = rows[0]["benchmarks"][name]["num_samples"]
+    panel.set_ylabel(f"avg@{k} on {Path(name).stem}, %")
+    panel.set_title("What each stage makes of the student (teachers dotted)", fontsize=11)
+
+
+def draw_behaviour(panel, evaluations: list[Evaluation], name: str) -> None:
+    """C1: what the reward has taught the teacher and what arrives in the student."""
+    listed: dict[str, list[float]] = {}
+    for evaluation in evaluations:
+        listed.setdefault(evaluation.id, []).append(behaviour_of(evaluation, name))
+    means = {row: statistics.fmean(values) for row, values in listed.items()}
+    draw_stages(panel, evaluations, {row: (mean, mean, mean) for row, mean in means.items()})
+    panel.set_ylabel("works step by step, %" if name == "toy" else "mean length, tokens")
+    panel.set_title("C1: what the teachers have learned reaches the students", fontsize=11)
+
+
+def draw_stages(panel, evaluations: list[Evaluation], numbers: dict[str, tuple]) -> None:
+    """Each route a line through its stages, each teacher a dotted line. numbers: of each row of the
+    report, a mean and its interval's ends."""
+    of_row = {evaluation.id: evaluation for evaluation in evaluations}
+    teachers = [row for row in of_row if of_row[row].route == "models" and row != UNTRAINED]
+    last = -9.0
+    for row in sorted(teachers, key=numbers.get):
+        height = numbers[row][0]
+        panel.axhline(height, color=MODELS_COLOUR, linewidth=0.8, linestyle=":")
+        last = max(height, last + 3)  # else the names would overlap
+        panel.text(3.15, last + 0.3, of_row[row].title, fontsize=7, color="#5c5c5c")
+    routes = list(dict.fromkeys(e.route for e in evaluations if e.route in ROUTES))
+    for place, route in enumerate(routes):
+        rows = [row for row in of_row if of_row[row].route == route]
+        shift = 0.03 * (place - (len(routes) - 1) / 2)  # intervals stand side by side
+        x = [PHASE_OF[of_row[row].stage.needs[0].kind] + shift for row in rows]
+        means, low, high = np.array([numbers[row] for row in (UNTRAINED, *rows)]).T
+        reach = np.clip([means - low, high - means], 0, None)
+        line = {"color": colour_of(route), "label": route, "alpha": 0.85, "capsize": 2.5}
+        panel.errorbar([0, *x], means, reach, fmt="o-", **line)
+    panel.set_xticks(range(4), PHASES)
+    panel.set_xlim(-0.2, 3.9)
+    panel.legend(fontsize=7)
 
 
 def draw_routes(panel, rows: list[dict], name: str) -> None:
@@ -105,38 +155,9 @@ def draw_distance(panel, evaluations: list[Evaluation]) -> None:
         mean = np.mean([curve[:shortest] for curve in by_seed.values()], axis=0)
         panel.plot(range(1, shortest + 1), mean, color=colour_of(route), label=route)
     panel.set_yscale("log")
-    panel.set_xlabel("student step (FKL warmup on the teacher's rollouts, then OPD on its own)")
+    panel.set_xlabel("student step, FKL warmup then OPD")
     panel.set_ylabel("KL(student ‖ teacher), nats a token")
     panel.set_title("C2: the student comes near its teacher", fontsize=11)
-    panel.legend(fontsize=7)
-
-
-def draw_behaviour(panel, evaluations: list[Evaluation], name: str) -> None:
-    """C1: what the reward has taught the teacher and what arrives in the student."""
-    values: dict[str, list[float]] = {}
-    rows = {evaluation.id: evaluation for evaluation in evaluations}
-    for evaluation in evaluations:
-        values.setdefault(evaluation.id, []).append(behaviour_of(evaluation, name))
-    means = {row: statistics.fmean(listed) for row, listed in values.items()}
-    teachers = [row for row in rows if rows[row].route == "models" and row != UNTRAINED]
-    last = None
-    for row in sorted(teachers, key=means.get):
-        panel.axhline(means[row], color=MODELS_COLOUR, linewidth=0.8, linestyle=":")
-        near = last is not None and means[row] - last < 3  # else the names would overlap
-        height = means[row] + (2.5 if near else 0)
-        panel.text(3.08, height, rows[row].title, fontsize=7, color="#5c5c5c")
-        last = means[row]
-    for route in dict.fromkeys(e.route for e in evaluations if e.route in ROUTES):
-        students = [row for row in rows if rows[row].route == route]
-        phases = [PHASE_OF[rows[row].stage.needs[0].kind] for row in students]
-        y = [means[row] for row in (UNTRAINED, *students)]
-        line = {"color": colour_of(route), "label": route, "alpha": 0.85}
-        panel.plot([0, *phases], y, "o-", **line)
-    panel.set_xticks(range(4), PHASES)
-    panel.set_xlim(-0.2, 3.9)
-    label = "works step by step, %" if name == "toy" else "mean completion length, tokens"
-    panel.set_ylabel(label)
-    panel.set_title("C1: what the teachers (dotted) have learned reaches the students", fontsize=11)
     panel.legend(fontsize=7)
 
 

@@ -31,8 +31,12 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
     "semi_opd": ("opd.py", {"sample_from": "initial"}),
     "sft_transfer": ("fkl_warmup.py", {"hard_labels": True}),
     "student_grpo": ("grpo.py", {}),
+    "cold_grpo": ("grpo.py", {}),
     "evaluate": ("evaluate.py", {}),
 }
+
+# Of these kinds a user's file sets what it sets of the other, if it does not name them.
+SET_LIKE = {"semi_opd": "opd", "cold_grpo": "student_grpo"}
 
 
 @dataclass(frozen=True)
@@ -56,26 +60,27 @@ scripts = partial(Setting, source="authors' scripts")
 Preset = dict[str, dict[str, Setting]]  # kind of stage -> flag -> setting
 
 TOY_SHARED = {
-    "prompts_per_step": ours(12, "40 steps are one epoch of 1H"),
+    "prompts_per_step": ours(12, "36 steps see most of 1H once"),
     "group_size": ours(16),
     "micro_batch_tokens": ours(2048, "small matrices stay in a processor's cache"),
+    "warmup_steps": ours(5),
 }
 TOY_GRPO = TOY_SHARED | {
-    "warmup_steps": ours(10),
     "kl_coef": ours(0.0, "no reference model: groups whose rewards agree cost no update"),
 }
-TOY_TRANSFER = TOY_SHARED | {"warmup_steps": ours(5)}
-TOY_UPDATES = ours(40, "as many as warmup and OPD, so that cold GRPO gets as many updates")
-TOY_OPD = {"num_steps": ours(25), "learning_rate": ours(3e-4)}
+TOY_UPDATES = ours(36, "as many as warmup and OPD, so that cold GRPO gets as many updates")
+TOY_OPD = {"num_steps": ours(24), "learning_rate": ours(3e-4)}
 TOY: Preset = {
-    "teacher_grpo": TOY_GRPO | {"num_steps": TOY_UPDATES, "learning_rate": ours(2e-4)},
-    "teacher_sft": TOY_TRANSFER
-    | {"num_steps": ours(40, "the label uses of teacher_grpo"), "learning_rate": ours(2e-4)},
-    "fkl_warmup": TOY_TRANSFER | {"num_steps": ours(15), "learning_rate": ours(7e-4)},
-    "opd": TOY_TRANSFER | TOY_OPD,
-    "semi_opd": TOY_TRANSFER | TOY_OPD,
-    "sft_transfer": TOY_TRANSFER | {"learning_rate": ours(7e-4, "as fkl_warmup")},
-    "student_grpo": TOY_GRPO | {"num_steps": ours(20), "learning_rate": ours(3e-4)},
+    "teacher_grpo": TOY_GRPO | {"num_steps": TOY_UPDATES, "learning_rate": ours(3e-4)},
+    "teacher_sft": TOY_SHARED
+    | {"num_steps": ours(36, "the label uses of teacher_grpo"), "learning_rate": ours(2e-4)},
+    "fkl_warmup": TOY_SHARED | {"num_steps": ours(12), "learning_rate": ours(5e-4)},
+    "opd": TOY_SHARED | TOY_OPD,
+    "semi_opd": TOY_SHARED | TOY_OPD,
+    "sft_transfer": TOY_SHARED | {"learning_rate": ours(4e-4, "5e-4 was worse")},
+    "student_grpo": TOY_GRPO
+    | {"num_steps": ours(12), "learning_rate": ours(5e-5, "more costs skill that is there")},
+    "cold_grpo": TOY_GRPO | {"learning_rate": ours(4e-4, "less and more were worse")},
     "evaluate": {"num_samples": paper(16), "temperature": ours(1.0, "as in training")},
 }
 
@@ -116,6 +121,7 @@ REAL: Preset = {
     "semi_opd": REAL_TRANSFER | REAL_OPD,
     "sft_transfer": REAL_TRANSFER,
     "student_grpo": REAL_GRPO,
+    "cold_grpo": REAL_GRPO,
     "evaluate": {
         "dtype": paper("bfloat16"),
         "vllm_gpu_memory": ours(0.85, "nothing else is on the GPU"),
@@ -197,7 +203,8 @@ def preset_of(args) -> Preset:
     """The built-in preset, under the user's file, under the flags of bridge.py."""
     built_in = TOY if args.teacher.startswith("toy/") else REAL
     from_file = read_preset(args.preset) if args.preset else {}
-    from_file["semi_opd"] = from_file.get("opd", {}) | from_file.get("semi_opd", {})
+    for kind, like in SET_LIKE.items():
+        from_file[kind] = from_file.get(like, {}) | from_file.get(kind, {})
     chosen = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
     preset: Preset = {}
     for kind, settings in built_in.items():

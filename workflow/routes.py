@@ -52,7 +52,7 @@ def cold_with_budget(quantity: str) -> Recipe:
 RL_TEACHER_1H = Recipe("teacher_grpo", "teacher_grpo", "1H", TEACHER, route="models")
 RL_TEACHER_ALL = Recipe("full_teacher_grpo", "teacher_grpo", "all", TEACHER, route="models")
 SFT_TEACHER = Recipe("teacher_sft", "teacher_sft", "1H", TEACHER, TEACHER, route="models")
-COLD = Recipe("cold", "student_grpo", "all", STUDENT, route="cold")
+COLD = Recipe("cold", "cold_grpo", "all", STUDENT, route="cold")
 FULL = fkl_then_opd("full_", RL_TEACHER_ALL, "all", "full")
 HALF = fkl_then_opd("", RL_TEACHER_1H, "1H", "half")
 SFT_1H = Recipe("sft_transfer", "sft_transfer", "1H", STUDENT, RL_TEACHER_1H, "sft_transfer")
@@ -82,13 +82,14 @@ ROUTES = {
 }
 
 TEACHER_NAMES = {"teacher_grpo": "RL teacher", "teacher_sft": "SFT teacher"}
-TEACHER_NAMES |= {"student_grpo": "RL student as teacher"}
+TEACHER_NAMES |= {"cold_grpo": "RL student as teacher"}
 METHODS = {
     "fkl_warmup": "FKL",
     "opd": "OPD",
     "semi_opd": "semi-OPD",
     "sft_transfer": "SFT",
     "student_grpo": "GRPO",
+    "cold_grpo": "GRPO",
 }
 
 

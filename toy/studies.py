@@ -1,0 +1,80 @@
+"""What the studies around bridge.py share: students of other priors, runs that resume, rows."""
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import RunFailure
+from common.input_hashes import ROOT
+from common.statistics import t_interval
+
+# No student has part in them, so that a study of several students runs them once.
+TEACHERS = ("teacher_grpo", "full_teacher_grpo")
+
+
+def make_student(use: float, folder: Path) -> str:
+    """The shipped student, tuned to begin step by step in the share `use` of its answers."""
+    student = folder / "student"
+    if not (student / "model.safetensors").exists():
+        run(["-m", "toy.make", "--only", "student", "--use", str(use), "--output_dir", str(folder)])
+    return str(student)
+
+
+def bridge(folder: Path, seeds: tuple[int, ...], flags: list[str]) -> "Results":
+    """bridge.py, without the stages that are finished."""
+    run(["bridge.py", "--output_dir", str(folder), "--seeds", *map(str, seeds), *flags])
+    return Results(folder)
+
+
+def run(words: list[str]) -> None:
+    print("python", *words, flush=True)
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise RunFailure(f"python {words[0]} ended with exit code {done.returncode}")
+
+
+def share_teachers(source: Path, folder: Path) -> None:
+    """Copy what a study of another student has already made of the teacher, finished or not."""
+    shared = [source / "base" / "eval_raw_teacher"]
+    shared += [path for name in TEACHERS for path in source.glob(f"seed_*/{name}")]
+    for path in shared:
+        copy = folder / path.relative_to(source)
+        if path.exists() and not copy.exists():
+            shutil.copytree(path, copy)
+
+
+@dataclass
+class Results:
+    """What bridge.py has left in a folder."""
+
+    folder: Path
+
+    def accuracy(self, row: str) -> list[float]:
+        """avg@k in % of a row of the report, one number a seed."""
+        rows = json.loads((self.folder / "results.json").read_text())["rows"]
+        of_row = next(r for r in rows if r["id"] == row)
+        return [100 * value for value in of_row["benchmarks"]["toy"]["by_seed"].values()]
+
+
+def difference(high: list[float], low: list[float]) -> list[float]:
+    """Seed by seed."""
+    return [a - b for a, b in zip(high, low, strict=True)]
+
+
+def mean_and_interval(values: list[float], sign: str = "") -> str:
+    """For a table: the mean and its 95% interval over seeds."""
+    reach = t_interval(values)
+    shown = f" [{reach[0]:{sign}.1f}, {reach[1]:{sign}.1f}]" if reach else ""
+    return f"{statistics.fmean(values):{sign}.1f}{shown}"
+
+
+def draw_with_interval(axis, x: list[float], values: list[list[float]], label: str) -> None:
+    """A line of means with 95% intervals over seeds."""
+    means = [statistics.fmean(v) for v in values]
+    reaches = [t_interval(v) or (mean, mean) for v, mean in zip(values, means, strict=True)]
+    errors = [(high - low) / 2 for low, high in reaches]
+    axis.errorbar(x, means, errors, marker="o", capsize=3, label=label)

@@ -1,0 +1,69 @@
+"""How long should the warmup be? FKL and OPD share 40 steps; the warmup takes 0, 5, 10, 20 or all.
+
+    python -m toy.warmups                        # two students x 5 lengths x 5 seeds; resumes
+
+Writes warmups.png: accuracy after FKL and OPD over the warmup's length, for each student.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+from common.start import start
+from toy.studies import bridge, draw_with_interval, make_student, mean_and_interval, share_teachers
+from workflow.report import markdown
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  behind the choice of a backend
+
+STEPS, LENGTHS = 40, (0, 5, 10, 20, 40)
+
+
+@dataclass
+class Args:
+    output_dir: Path = Path("runs/warmups")
+    """students, runs and the picture"""
+    uses: tuple[float, ...] = (0.005, 0.08)
+    """how often each student is tuned to begin step by step"""
+    seeds: tuple[int, ...] = (61, 62, 63, 64, 65)
+    """of every trained stage"""
+    jobs: int = 2
+    """stages at the same time"""
+
+
+def measure(args: Args, use: float, length: int) -> list[float]:
+    """Accuracy after `length` steps of FKL and the rest of OPD, in %, a number a seed."""
+    student = make_student(use, args.output_dir / "students" / f"{use:g}")
+    route, row, steps = "half", "half/opd", (length, STEPS - length)
+    if length == 0:  # a transfer of one stage takes the steps of both
+        route, row, steps = "opd_only", "opd_only/opd_only", (STEPS // 2, STEPS // 2)
+    elif length == STEPS:  # the student before OPD
+        row, steps = "half/fkl_warmup", (length, 1)
+    preset = args.output_dir / f"warmup_{length}.json"
+    warmup, opd = ({"num_steps": number} for number in steps)
+    preset.write_text(json.dumps({"fkl_warmup": warmup, "opd": opd}))
+    folder = args.output_dir / f"use_{use:g}-warmup_{length}"
+    for other in sorted(args.output_dir.glob("use_*/results.json")):
+        share_teachers(other.parent, folder)
+    flags = ["--student", student, "--preset", str(preset), "--routes", route]
+    return bridge(folder, args.seeds, [*flags, "--jobs", str(args.jobs)]).accuracy(row)
+
+
+def main(args: Args) -> None:
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    figure, axis = plt.subplots(figsize=(6, 4.5), constrained_layout=True)
+    lines = []
+    for use in args.uses:
+        accuracies = [measure(args, use, length) for length in LENGTHS]
+        lines.append([f"{use:g}", *map(mean_and_interval, accuracies)])
+        draw_with_interval(axis, list(LENGTHS), accuracies, f"tuned to a use of {use:.1%}")
+    print(markdown(["use", *(f"{length} of {STEPS}" for length in LENGTHS)], lines))
+    axis.set(xlabel=f"steps of FKL warmup, of {STEPS}", ylabel="avg@16 after FKL and OPD, %")
+    axis.legend()
+    figure.savefig(args.output_dir / "warmups.png", dpi=110)
+
+
+if __name__ == "__main__":
+    start(main, Args, __doc__)
