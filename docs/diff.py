@@ -1,0 +1,150 @@
+"""Writes docs/diff.md: where the trainers differ, hunk by hunk, each with the reason for it.
+
+    python docs/diff.py
+
+The reasons are docs/diff_reasons.json's, by files, place and first changed line. A hunk without a
+sentence and a sentence without a hunk are refused in one line, with exit code 2.
+"""
+
+import json
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).parents[1]
+REASONS = "docs/diff_reasons.json"
+CONTEXT = 1  # unchanged lines around a hunk; hunks with at most two of them in between are one
+# What begins a piece of a trainer: the end of its docstring, a banner, a function or class.
+MARK = re.compile(
+    r'^(?P<imports>""")$|^# === (?P<section>.+) ===$|^ +# --- (?P<part>.+) ---$'
+    r"|^(?:@.+\n)*(?:def|class) (?P<name>\w+)",
+    re.MULTILINE,
+)
+HEAD = """# The difference
+
+What turns [grpo.py](../grpo.py) into [opd.py](../opd.py), on-policy distillation, and what turns
+opd.py into [fkl_warmup.py](../fkl_warmup.py), the forward-KL warmup. Above each change stands why.
+
+Read grpo.py first, then this page from top to bottom; with little time only [score](#score) and
+[loss](#loss). Lines with `-` are in the first file only, lines with `+` in the second. What is not
+shown is the same in both, but for the module docstrings from "What to know" on.
+
+| | hunks | lines `-` | lines `+` | both, without docstrings and `Args` |
+|---|---|---|---|---|
+"""
+FOOT = """
+*`python docs/diff.py` has made this page of the trainers and of the sentences in
+[diff_reasons.json](diff_reasons.json); the last column is the README's. tests/test_diff.py fails if
+the page is out of date, if a hunk has no sentence, and if a sentence has no hunk.*
+"""
+
+
+@dataclass
+class Hunk:
+    """Neighbouring changed lines of one piece of a trainer, each behind "-", "+" or " "."""
+
+    title: str  # the function and, behind ": ", its part; "" outside of functions
+    place: str  # section and title
+    only_in: str  # the file that has this piece, if the other has not
+    lines: list[str]
+
+    @property
+    def first(self) -> str:
+        line = next(line for line in self.lines if line[0] != " ")
+        return f"{line[0]} {line[1:].strip()}"
+
+
+def refuse(pair: str, place: str, message: str) -> NoReturn:
+    print(f"{pair}, section {place}: {message} {REASONS}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def pieces(text: str) -> dict[tuple[str, str], list[str]]:
+    """(section, title) -> lines of a trainer, in order."""
+    marks = list(MARK.finditer(text))
+    docstring = text[: marks[0].start()].partition("What to know:")[0]
+    found = {("docstring", ""): docstring.rstrip().splitlines()}
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    for mark, end in zip(marks, ends, strict=True):
+        if mark["imports"] or mark["section"]:
+            section, title = mark["section"] or "imports", ""
+        elif mark["name"]:
+            name = title = mark["name"]
+        else:
+            title = f"{name}: {mark['part']}"
+        found[section, title] = text[mark.start() : end].rstrip().splitlines()
+    return found
+
+
+def hunks(one: str, other: str) -> dict[str, list[Hunk]]:
+    """Section -> what differs there between two trainers."""
+    a, b = (pieces((ROOT / name).read_text()) for name in (one, other))
+    found, keys = {section: [] for section, _ in a | b}, (list(a), list(b))
+    order = SequenceMatcher(None, *keys, autojunk=False).get_opcodes()
+    for key in dict.fromkeys(k for _, i, j, m, n in order for k in keys[0][i:j] + keys[1][m:n]):
+        only_in = "" if key in a and key in b else one if key in a else other
+        match = SequenceMatcher(None, a.get(key, []), b.get(key, []), autojunk=False)
+        for group in match.get_grouped_opcodes(CONTEXT):
+            lines = []
+            for tag, i, j, m, n in group:
+                lines += [(" " if tag == "equal" else "-") + line for line in match.a[i:j]]
+                lines += [f"+{line}" for line in match.b[m:n] if tag != "equal"]
+            found[key[0]].append(Hunk(key[1], ", ".join(filter(None, key)), only_in, lines))
+    return found
+
+
+def check_reasons(pair: str, found: list[Hunk], why: dict[str, dict[str, str]]) -> None:
+    needed = [(hunk.place, hunk.first) for hunk in found]
+    given = [(place, first) for place, sentences in why.items() for first in sentences]
+    for place, first in [key for key in needed if key not in given]:
+        refuse(pair, place, f"the hunk beginning `{first}` has no sentence; add one to")
+    for place, first in [key for key in given if key not in needed]:
+        refuse(pair, place, f"no hunk begins `{first}`; take its sentence out of")
+
+
+def counts(found: list[Hunk]) -> str:
+    signs = Counter(line[0] for hunk in found for line in hunk.lines)
+    return f"{signs['-']} | {signs['+']}"
+
+
+def section_text(section: str, found: list[Hunk], why: dict[str, dict[str, str]]) -> str:
+    text, title = f"\n### {section}\n", ""
+    for hunk in found:
+        if hunk.title != title:
+            title = hunk.title
+            text += f"\n#### {title}{hunk.only_in and f', only in {hunk.only_in}'}\n"
+        lines = "\n".join(line.rstrip() for line in hunk.lines).rstrip()
+        text += f"\n{why[hunk.place][hunk.first]}\n\n```diff\n{lines}\n```\n"
+    return text
+
+
+def page() -> str:
+    readme = dict(re.findall(r"`diff (.+)` \| (\d+) \|", (ROOT / "README.md").read_text()))
+    head, chapters, seen = HEAD, "", Counter()
+    for pair, about in json.loads((ROOT / REASONS).read_text()).items():
+        one, other = pair.split("/")
+        sections, texts = hunks(one, other), ""
+        found = sum(sections.values(), [])
+        check_reasons(pair, found, about["why"])
+        row = f"{len(found)} | {counts(found)} | {readme[f'{one} {other}']}"
+        head += f"| {about['title']} | {row} |\n"
+        chapters += f"\n## {about['title']}\n\n{about['in short']}\n\n"
+        chapters += f"| | {one} only | {other} only |\n|---|---|---|\n"
+        for section, own in sections.items():
+            link = section
+            if own:
+                anchor = section.replace(" ", "-") + f"-{seen[section]}" * (seen[section] > 0)
+                link = f"[{section}](#{anchor})"  # GitHub numbers the headings of one name
+                seen[section] += 1
+                texts += section_text(section, own, about["why"])
+            chapters += f"| {link} | {counts(own)} |\n"
+        chapters += texts
+    return head + FOOT + chapters
+
+
+if __name__ == "__main__":
+    (ROOT / "docs/diff.md").write_text(page())

@@ -1,0 +1,63 @@
+"""docs/diff.md is what docs/diff.py makes of the trainers, and each hunk has its sentence."""
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TRAINERS = ("grpo.py", "opd.py", "fkl_warmup.py")
+SCRIPT, REASONS = "docs/diff.py", "docs/diff_reasons.json"
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """What the script reads, in a folder where it may be altered."""
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", *TRAINERS, SCRIPT, REASONS):
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def run(folder: Path) -> tuple[int, str]:
+    """Exit code and messages of the script."""
+    command = [sys.executable, str(folder / SCRIPT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+def test_the_page_is_up_to_date(copy):
+    assert run(copy) == (0, "")
+    page, expected = ((folder / "docs/diff.md").read_text() for folder in (ROOT, copy))
+    assert page == expected, "docs/diff.md is out of date: python docs/diff.py"
+
+
+def test_a_hunk_without_a_sentence_is_refused(copy):
+    with (copy / "opd.py").open("a") as file:
+        file.write("\n\ndef added() -> None:\n    pass\n")
+    problem = "the hunk beginning `+ def added() -> None:` has no sentence; add one to"
+    assert run(copy) == (2, f"grpo.py/opd.py, section main, added: {problem} {REASONS}\n")
+    assert not (copy / "docs/diff.md").exists()
+
+
+def test_a_sentence_without_a_hunk_is_refused(copy):
+    reasons = json.loads((copy / REASONS).read_text())
+    reasons["opd.py/fkl_warmup.py"]["why"]["score, teacher_hidden"] = {"- gone": "It was here."}
+    (copy / REASONS).write_text(json.dumps(reasons))
+    problem = "section score, teacher_hidden: no hunk begins `- gone`; take its sentence out of"
+    assert run(copy) == (2, f"opd.py/fkl_warmup.py, {problem} {REASONS}\n")
+    assert not (copy / "docs/diff.md").exists()
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_every_line_is_compared_but_what_to_know(name):
+    text = (ROOT / name).read_text()
+    before, _, rest = text.partition("What to know:")
+    compared = before.rstrip() + rest[rest.index('\n"""\n') :]
+    pieces = runpy.run_path(str(ROOT / SCRIPT))["pieces"](text)
+    lines = [line for piece in pieces.values() for line in piece if line]
+    assert lines == [line for line in compared.splitlines() if line]

@@ -1,0 +1,107 @@
+"""The studies around bridge.py: the law against draws, discovery and shared teachers on made-up
+runs; the map and the warmups as whole commands, with tiny stages."""
+
+import json
+import random
+
+import pytest
+from conftest import SEED
+
+from common.statistics import t_interval
+from toy import map as toy_map
+from toy import studies, warmups
+
+
+def test_expected_steps_are_those_of_draws():
+    rng = random.Random(SEED)
+    for prior, completions in ((0.05, 8), (0.3, 4), (1.0, 2)):
+        trials = []
+        for _ in range(4000):
+            steps = 1
+            while not any(rng.random() < prior for _ in range(completions)):
+                steps += 1
+            trials.append(steps)
+        mean = sum(trials) / len(trials)
+        assert toy_map.expected_steps(prior, completions) == pytest.approx(mean, rel=0.06)
+    assert toy_map.expected_steps(0.0, 192) == float("inf")
+
+
+def write_step(run, number: int, rows: list[tuple[float, str]]) -> None:
+    (run / "rollouts").mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"reward": reward, "completion": text}) for reward, text in rows]
+    (run / "rollouts" / f"step_{number}.jsonl").write_text("\n".join(lines))
+
+
+def test_discovery_is_the_first_rewarded_completion_of_the_good_way(tmp_path):
+    write_step(tmp_path, 1, [(1.0, r"\boxed{3}"), (0.0, r"1+1=3;\boxed{3}")])
+    assert toy_map.discovery(tmp_path) == (2, 1, None)
+    write_step(tmp_path, 10, [(1.0, r"1+1=2;\boxed{2}"), (0.0, r"\boxed{3}")])
+    write_step(tmp_path, 2, [(1.0, r"\boxed{3}"), (0.0, r"\boxed{3}")])
+    assert toy_map.discovery(tmp_path) == (2, 3, 3)  # by number, not by name
+
+
+def test_teachers_are_shared_and_students_are_not(tmp_path):
+    source, folder = tmp_path / "one", tmp_path / "two"
+    names = ("base/eval_raw_teacher", "seed_1/teacher_grpo", "seed_1/fkl_warmup", "seed_1/cold")
+    for name in names:
+        (source / name).mkdir(parents=True)
+        (source / name / "file").write_text(name)
+    studies.share_teachers(source, folder)
+    copied = {str(path.parent.relative_to(folder)) for path in folder.rglob("file")}
+    assert copied == {"base/eval_raw_teacher", "seed_1/teacher_grpo"}
+    (folder / "seed_1" / "teacher_grpo" / "file").write_text("its own")
+    studies.share_teachers(source, folder)
+    assert (folder / "seed_1" / "teacher_grpo" / "file").read_text() == "its own"
+
+
+def test_a_table_cell_is_the_mean_with_its_interval():
+    values = [1.0, 2.0, 4.5]
+    low, high = t_interval(values)
+    assert studies.mean_and_interval(values, "+") == f"+2.5 [{low:+.1f}, {high:+.1f}]"
+    assert studies.mean_and_interval([3.0]) == "3.0"
+    assert studies.difference([3.0, 1.0], [1.0, 4.0]) == [2.0, -3.0]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Two steps a stage, eight problems, and the shipped student, whatever its use."""
+    real, calls = studies.bridge, []
+
+    def bridge(folder, seeds, flags):
+        calls.append(folder)
+        small = ["--num_steps", "2", "--prompts_per_step", "2", "--group_size", "4"]
+        return real(folder, seeds, [*flags, *small, "--num_samples", "2", "--num_problems", "32"])
+
+    for module in (toy_map, warmups):
+        monkeypatch.setattr(module, "bridge", bridge)
+        monkeypatch.setattr(module, "make_student", lambda use, folder: "toy/student")
+    return calls
+
+
+@pytest.mark.slow
+def test_the_map_runs_draws_and_resumes(tiny, tmp_path, capsys):
+    args = toy_map.Args(output_dir=tmp_path, uses=(0.02, 0.3), seeds=(1,))
+    toy_map.main(args)
+    header, _, *rows = capsys.readouterr().out.splitlines()[-4:]
+    assert header.startswith("| prior, % | cold")
+    assert [row.count("|") for row in rows] == [header.count("|")] * 2
+    for name in ("map.png", "law.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+    teachers = [tmp_path / f"use_{use}" / "seed_1" / "teacher_grpo" for use in (0.02, 0.3)]
+    one, other = (t / "manifest.json" for t in teachers)
+    assert one.read_text() == other.read_text()  # copied: the seconds are the same
+    before = one.stat().st_mtime_ns
+    toy_map.main(args)
+    assert one.stat().st_mtime_ns == before
+    assert len(tiny) == 4
+
+
+@pytest.mark.slow
+def test_the_warmups_run_and_share_the_steps(tiny, tmp_path, capsys):
+    warmups.main(warmups.Args(output_dir=tmp_path, uses=(0.1,), seeds=(1,)))
+    assert "0 of 40" in capsys.readouterr().out
+    assert (tmp_path / "warmups.png").read_bytes()[:4] == b"\x89PNG"
+    for length in (5, 10, 20):
+        preset = json.loads((tmp_path / f"warmup_{length}.json").read_text())
+        assert sum(settings["num_steps"] for settings in preset.values()) == warmups.STEPS
+        assert preset["fkl_warmup"]["num_steps"] == length
