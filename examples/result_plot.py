@@ -30,11 +30,11 @@ def main() -> None:
         accuracy.plot(ends, [y] * len(ends), "k|-", markersize=8)
         accuracy.text(max([value, *ends]) + 2.5, y, f"{value:.1f}%", va="center")
         labels.barh(y, uses, color=colour, height=0.62)
-        labels.text(uses + 4000, y, f"{uses:,.0f}", va="center")
+        labels.text(uses + 2500, y, f"{uses:,.0f}", va="center")
     accuracy.set(title="avg@16, and 95% intervals over ten seeds", xlim=(0, 117), xticks=[])
     accuracy.set_yticks(range(len(ROWS)), [label for label, _ in ROWS.values()])
     accuracy.invert_yaxis()
-    labels.set(title="label uses", xlim=(0, 225_000), xticks=[])
+    labels.set(title="label uses", xlim=(0, 127_000), xticks=[])
     for panel in (accuracy, labels):
         panel.spines[["top", "right", "bottom"]].set_visible(False)
         panel.tick_params(axis="y", length=0)
