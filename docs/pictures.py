@@ -1,0 +1,74 @@
+"""memory.svg and phases.svg: what is on the GPU in a step of OPD, computed by common/memory.py.
+
+python docs/pictures.py
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import opd
+from common.memory import GB, Plan, plan_of
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  behind the choice of a backend
+
+INK = "#768390"  # read on a light page and on a dark one
+ARGS = opd.Args(
+    model="Qwen/Qwen3-1.7B",
+    teacher="Qwen/Qwen3-8B",
+    dtype="bfloat16",
+    activation_checkpointing=True,
+    micro_batch_tokens=18432,
+    max_prompt_tokens=2048,
+    max_new_tokens=16384,
+    chunk_size=1024,
+)
+GPU = 80 * GB
+
+
+def draw(plans: dict[str, tuple[Plan, str]], path: Path) -> None:
+    """One bar a row: the items of a plan that are on the GPU in one phase, in GB."""
+    plt.rcParams |= {"text.color": INK, "axes.labelcolor": INK, "xtick.color": INK}
+    plt.rcParams |= {"ytick.color": INK, "axes.edgecolor": INK, "svg.hashsalt": "fixed"}
+    figure, axis = plt.subplots(figsize=(8.5, 0.9 * len(plans) + 2.0), layout="constrained")
+    names = list(dict.fromkeys(i.name for plan, phase in plans.values() for i in of(plan, phase)))
+    colour = {name: f"C{number}" for number, name in enumerate(names)}
+    for row, (plan, phase) in enumerate(plans.values()):
+        left = 0.0
+        for item in of(plan, phase):
+            axis.barh(row, item.size / GB, left=left, height=0.6, color=colour[item.name])
+            left += item.size / GB
+        axis.text(left + 0.5, row, f"{left:.0f} GB", va="center")
+    axis.set_yticks(range(len(plans)), plans)
+    axis.invert_yaxis()
+    axis.set_xlabel("GB of one GPU: computed, not measured")
+    axis.spines[["top", "right"]].set_visible(False)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour[name]) for name in names]
+    figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    figure.savefig(path, transparent=True, metadata={"Date": None})
+
+
+def of(plan: Plan, phase: str) -> list:
+    return [i for i in plan.items if i.where == "device" and i.phase in ("always", phase)]
+
+
+def main(folder: Path) -> None:
+    chunked = plan_of(ARGS, 1, GPU)
+    whole = plan_of(replace(ARGS, chunk_size=ARGS.micro_batch_tokens), 1, GPU)
+    heads = {f"head in chunks of {ARGS.chunk_size:,}": (chunked, "update")}
+    heads |= {"all logits at once": (whole, "update")}
+    draw(heads, folder / "memory.svg")
+    phases = {
+        "generate (vLLM awake)": (chunked, "sampling"),
+        "update (asleep)": (chunked, "update"),
+    }
+    draw(phases, folder / "phases.svg")
+
+
+if __name__ == "__main__":
+    main(Path(__file__).parent)
