@@ -59,6 +59,14 @@ def test_holm_is_the_closed_test_of_bonferroni():
             assert rejected == (low > 0 or high < 0)  # the interval that is shown says the same
 
 
+def test_no_claim_passes_after_one_that_failed():
+    """Holm's steps end at the first failure: 0.041 is over 0.05 / 2, so 0.0486 is not looked at."""
+    differences = [[0.12, 0.22, 0.32, 0.52], [0.1, 0.2, 0.3, 0.5]]
+    first, second = (t_test(values) for values in differences)
+    assert 0.025 < first < second < 0.05
+    assert [result["verdict"] for result in judge(differences)] == ["undecided"] * 2
+
+
 def test_verdicts():
     up, down, noise = [0.2, 0.21, 0.19, 0.2], [-0.2, -0.21, -0.19, -0.2], [0.3, -0.3, 0.2, -0.1]
     verdicts = [result["verdict"] for result in judge([up, down, noise])]

@@ -108,6 +108,19 @@ def test_a_uniform_next_to_one_stays_in_the_support():
     assert draw(logits, torch.ones(1), 1.0, 1.0, 0)[0].item() == 1
 
 
+def test_a_uniform_of_zero_stays_in_the_support():
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0]])
+    assert draw(logits, torch.zeros(1), 1.0, 1.0, 0)[0].item() == 1
+
+
+def test_logprobs_are_of_the_whole_vocabulary_under_top_p():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    for top_p, top_k in ((0.6, 0), (1.0, 2)):
+        tokens, logprobs = draw(logits.expand(2, -1), torch.tensor([0.1, 0.9]), 1.0, top_p, top_k)
+        assert tokens.tolist() == [0, 1]
+        torch.testing.assert_close(logprobs, logits[:2])
+
+
 @pytest.mark.parametrize(
     ("top_p", "top_k", "kept"), [(0.6, 0, {0, 1}), (1.0, 1, {0}), (0.99, 3, {0, 1, 2})]
 )

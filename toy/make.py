@@ -10,7 +10,7 @@ The toy is built so that the paper's premise holds (a teacher that finds the beh
 reward, a student that uses it too seldom): it illustrates the mechanism, it is no evidence for the
 paper.
 
-    python -m toy.make                     # everything, into toy/: about 15 minutes on 2 cores
+    python -m toy.make                     # everything, into toy/; the student takes 5 minutes
     python -m toy.make --only report       # measure the checkpoints that are there
     python -m toy.make --only student --use 0.08 --output_dir runs/students/8
                                            # the shipped student, tuned to another use
