@@ -37,7 +37,8 @@ def draw(plans: dict[str, tuple[Plan, str]], path: Path) -> None:
     plt.rcParams |= {"ytick.color": INK, "axes.edgecolor": INK, "svg.hashsalt": "fixed"}
     figure, axis = plt.subplots(figsize=(8.5, 0.9 * len(plans) + 2.0), layout="constrained")
     names = list(dict.fromkeys(i.name for plan, phase in plans.values() for i in of(plan, phase)))
-    colour = {name: f"C{number}" for number, name in enumerate(names)}
+    in_plan = dict.fromkeys(item.name for plan, _ in plans.values() for item in plan.items)
+    colour = {name: f"C{number}" for number, name in enumerate(in_plan)}  # the same in each picture
     for row, (plan, phase) in enumerate(plans.values()):
         left = 0.0
         for item in of(plan, phase):

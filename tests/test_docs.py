@@ -74,6 +74,13 @@ def test_links_to_code_point_at_the_name_that_they_show(page):
     assert not wrong, "; ".join(wrong)
 
 
+@every_page
+def test_math_stands_in_backticks(page):
+    r"""$`x`$ or a math block: GitHub takes the backslash of "\{" and "\," out of a plain $x$."""
+    text = re.sub(r"\$`[^`]+`\$|`[^`]+`", "", prose(page))
+    assert "$" not in text
+
+
 def test_flags_exist():
     known = set(FOREIGN_FLAGS)
     for path in [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/**/*.py")]:

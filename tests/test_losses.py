@@ -52,6 +52,8 @@ def test_token_logprobs_survive_extremes():
     assert logprobs.tolist() == pytest.approx([0.0, -math.log(2)])
     assert entropy.tolist() == pytest.approx([0.0, math.log(2)])
     assert not logits.grad.isnan().any()
+    unlikely, _ = token_logprobs(torch.tensor([[200.0, 0.0]]), torch.tensor([1]))
+    assert unlikely.tolist() == [-200.0]  # its probability is 0 in float32
 
 
 # === GRPO ===
@@ -459,7 +461,9 @@ def test_every_row_of_the_head_buffer_is_added_to_not_replaced():
 @pytest.mark.parametrize("module", [grpo, opd, fkl_warmup])
 def test_the_loss_tokens_are_the_completions(rollouts, module):
     """EOS included, nothing of a prompt, each predicted from the position before it."""
-    for batch in module.micro_batches(rollouts, 60, torch.device("cpu")):
+    batches = list(module.micro_batches(rollouts, 60, torch.device("cpu")))
+    assert sum(len(batch.rollouts) for batch in batches) == len(rollouts)
+    for batch in batches:
         expected = [token for rollout in batch.rollouts for token in rollout.completion_ids]
         assert batch.tokens.tolist() == expected
         assert int(batch.mask.sum()) == len(expected)

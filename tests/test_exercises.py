@@ -1,0 +1,112 @@
+"""docs/exercises.md keeps its word: the tests it names pass as the code stands, and fail with an
+empty body and with each of its wrong answers."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from common.input_hashes import ROOT
+
+PAGE = (ROOT / "docs" / "exercises.md").read_text()
+SOURCES = ("common", "tests", "toy", "workflow", "pyproject.toml", "evaluate.py")
+SOURCES += ("grpo.py", "opd.py", "fkl_warmup.py")
+
+
+@dataclass
+class Exercise:
+    title: str
+    function: str
+    file: str
+    command: list[str]  # pytest's words
+    wrong: list[tuple[str, str]]  # lines of the function, and what stands in their place
+
+
+def exercise_of(section: str) -> Exercise:
+    title, _, text = section.partition("\n")
+    function, file = re.search(r"^\[`(\w+)`\]\(\.\./(\S+\.py)#L\d+\)", text, re.MULTILINE).groups()
+    (line,) = re.findall(r"^pytest (.+)$", text, re.MULTILINE)
+    command = [word.strip('"') for word in re.findall(r'"[^"]+"|\S+', line)]
+    wrong = []
+    for block in re.findall(r"^```diff\n(.+?)^```$", text, re.MULTILINE | re.DOTALL):
+        lines = block.splitlines()
+        old, new = ("\n".join(row[1:] for row in lines if row[0] == sign) for sign in "-+")
+        wrong.append((old, new))
+    return Exercise(title, function, file, command, wrong)
+
+
+EXERCISES = [exercise_of(section) for section in re.split(r"^## \d+\. ", PAGE, flags=re.M)[1:]]
+
+
+def source_of(exercise: Exercise) -> tuple[str, str, str]:
+    """The file before the function's body, the body, and the file behind it; the docstring stays
+    before."""
+    text = (ROOT / exercise.file).read_text()
+    nodes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
+    (node,) = [n for n in nodes if n.name == exercise.function]
+    body = node.body[1:] if ast.get_docstring(node) else node.body
+    lines = text.splitlines(keepends=True)
+    first, last = body[0].lineno - 1, node.end_lineno
+    return "".join(lines[:first]), "".join(lines[first:last]), "".join(lines[last:])
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """The tree, in a folder where it may be altered."""
+    for name in SOURCES:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def outcome(folder: Path, words: list[str]) -> int:
+    """pytest's exit code: 0 all passed, 1 some failed, others if nothing was run."""
+    words = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *words]
+    return subprocess.run(words, cwd=folder, capture_output=True).returncode
+
+
+def answer(folder: Path, exercise: Exercise, body: str) -> int:
+    before, _, after = source_of(exercise)
+    (folder / exercise.file).write_text(before + body + after)
+    return outcome(folder, exercise.command)
+
+
+def test_a_wrong_answer_is_made_of_lines_of_the_function():
+    assert len(EXERCISES) >= 8
+    for exercise in EXERCISES:
+        _, body, _ = source_of(exercise)
+        assert exercise.wrong, f"{exercise.title} names no wrong answer"
+        for old, new in exercise.wrong:
+            assert body.count(f"{old}\n") == 1, f"{exercise.title}: not in the function: {old}"
+            assert new.strip()
+
+
+@pytest.mark.slow
+def test_the_code_as_it_stands_passes(copy):
+    files = {word for exercise in EXERCISES for word in exercise.command if word.endswith(".py")}
+    names = " or ".join(f"({exercise.command[-1]})" for exercise in EXERCISES)
+    assert outcome(copy, [*files, "-k", names]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.title)
+def test_an_empty_body_fails(exercise, copy):
+    _, body, _ = source_of(exercise)
+    assert answer(copy, exercise, re.match(r" +", body)[0] + "return None\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("exercise", "number"),
+    [(exercise, number) for exercise in EXERCISES for number in range(len(exercise.wrong))],
+    ids=lambda value: getattr(value, "title", value),
+)
+def test_a_wrong_answer_fails(exercise, number, copy):
+    _, body, _ = source_of(exercise)
+    old, new = exercise.wrong[number]
+    assert answer(copy, exercise, body.replace(f"{old}\n", f"{new}\n")) == 1
