@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_losses import (
     TOKENS,
+    Head,
     N,
     V,
     grpo_token_loop,
@@ -72,14 +73,6 @@ def test_the_tail_of_a_sure_student_does_not_cancel():
 
 
 def test_the_head_never_sees_more_than_a_chunk():
-    class Head(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.head = torch.nn.Linear(4, V, bias=False)
-
-        def get_output_embeddings(self):
-            return self.head
-
     shapes = []
 
     def loss_fn(logits, tokens):

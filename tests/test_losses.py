@@ -430,17 +430,17 @@ def test_grpo_backward(model, teacher, rollouts, loss_agg):
     check_against_plain(model, loss_sum, grpo.denominator_of(rollouts, args), total, actual)
 
 
+class Head(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(4, V, bias=False)
+
+    def get_output_embeddings(self):
+        return self.head
+
+
 def test_every_row_of_the_head_buffer_is_added_to_not_replaced():
     """Two calls accumulate, as micro-batches must."""
-
-    class Head(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.head = torch.nn.Linear(4, V, bias=False)
-
-        def get_output_embeddings(self):
-            return self.head
-
     model, hidden = Head(), torch.randn(N, 4)
 
     def loss_fn(logits, tokens):
