@@ -43,6 +43,12 @@ def test_completions_are_right():
         *steps, last = text.split(";")
         assert all(eval(step.replace("=", "==")) for step in steps)
         assert last == make.completion_text(terms, step_by_step=False) == rf"\boxed{{{sum(terms)}}}"
+        assert make.is_step_by_step(text)
+        assert not make.is_step_by_step(last)
+
+
+def test_an_answer_at_once_that_runs_away_is_not_step_by_step():
+    assert not make.is_step_by_step(r"\boxed{35;335+43=78;78+69=147;147+87=234;\boxed{234}")
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ paper.
 
 import json
 import random
+import re
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,7 +105,9 @@ def completion_text(terms: list[int], step_by_step: bool) -> str:
 
 
 def is_step_by_step(completion: str) -> bool:
-    return "=" in completion
+    r"""Whether it begins with a sum. A "=" later on may also be in an answer at once that has run
+    away, `\boxed{30;330+32=62;...`: every other one of the untrained student's is."""
+    return re.match(r"\d+\+\d+=", completion) is not None
 
 
 def make_data(args: Args) -> None:

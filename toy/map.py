@@ -6,11 +6,10 @@ makes of them.
 
 Students of one skill differ in their prior: how often they work step by step. Writes map.png (the
 accuracy of each route over the prior, and bridge minus cold GRPO at equal labels, tokens and FLOPs)
-and law.png: a sample of the good way falls in a step of P G completions with probability
-1 - (1 - p)^(P G), so cold GRPO should discover it after about 1 / (P G p) steps.
+and law.png: a success, that is, a right answer step by step, falls in a step of P G completions
+with probability 1 - (1 - p)^(P G), so cold GRPO should see one after about 1 / (P G p) steps.
 """
 
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from toy.studies import (
     Results,
     bridge,
     difference,
+    distance_to_teacher,
     draw_with_interval,
     make_student,
     mean_and_interval,
@@ -64,10 +64,10 @@ class Args:
 
 @dataclass
 class Point:
-    """One student: its prior in %, as measured, and where its routes were run."""
+    """One student: how often, in %, it works step by step, and does so with success; its runs."""
 
-    use: float
     prior: float
+    successes: float
     folder: Path
 
     def accuracy(self, route: str) -> list[float]:
@@ -86,32 +86,30 @@ def measure(args: Args, use: float) -> Point:
     bridge(folder, args.seeds, flags)
     samples = read_jsonl(folder / "base" / "eval_untrained_student" / "samples" / "toy.jsonl")
     prior = statistics.fmean(is_step_by_step(row["completion"]) for row in samples)
-    return Point(use, 100 * prior, folder)
+    return Point(100 * prior, 100 * statistics.fmean(map(is_success, samples)), folder)
+
+
+def is_success(row: dict) -> bool:
+    return row["reward"] > 0 and is_step_by_step(row["completion"])
 
 
 # === the law ===
 
 
-def discovery(run: Path) -> tuple[int, int, int | None]:
-    """Of a cold run: its completions a step, its steps, and the first step with a rewarded
-    completion that works step by step (None: it never saw one)."""
+def success_shares(run: Path) -> list[float]:
+    """Of each step of a run, the share of its completions that are a success."""
     steps = sorted((run / "rollouts").glob("step_*.jsonl"), key=lambda f: int(f.stem[5:]))
-    for number, file in enumerate(steps, 1):
-        rows = read_jsonl(file)
-        if any(row["reward"] > 0 and is_step_by_step(row["completion"]) for row in rows):
-            return len(rows), len(steps), number
-    return len(rows), len(steps), None
+    return [statistics.fmean(map(is_success, read_jsonl(file))) for file in steps]
 
 
-def expected_steps(prior: float, completions: int) -> float:
-    """Until one of a step's completions is of the good way, if the prior, a share, stays."""
-    return 1 / (1 - (1 - prior) ** completions) if prior else float("inf")
+def first_above(share: float, shares: list[float]) -> int | None:
+    """The number of the first step with more successes than that; None: there was none."""
+    return next((number for number, s in enumerate(shares, 1) if s > share), None)
 
 
-def distance_after_warmup(run: Path) -> float:
-    """Forward KL to the teacher at the end of a warmup, in nats: the paper's condition C2."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return json.loads(lines[-1])["policy/forward_kl"]
+def expected_steps(successes: float, completions: int) -> float:
+    """Until one of a step's completions is a success, if their share stays."""
+    return 1 / (1 - (1 - successes) ** completions) if successes else float("inf")
 
 
 # === pictures ===
@@ -134,21 +132,25 @@ def draw_map(points: list[Point], path: Path) -> None:
 
 
 def draw_law(points: list[Point], seeds: tuple[int, ...], path: Path) -> None:
+    """A point a seed; of cold GRPO two: its first success, and its first step of half successes."""
+    completions = len(read_jsonl(points[0].folder / f"seed_{seeds[0]}/cold/rollouts/step_1.jsonl"))
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), constrained_layout=True)
     for number, point in enumerate(points):
         after_opd = Results(point.folder).accuracy("half/opd")
         for seed, accuracy in zip(seeds, after_opd, strict=True):
             folder, colour = point.folder / f"seed_{seed}", f"C{number}"
-            completions, num_steps, found = discovery(folder / "cold")
-            expected = min(expected_steps(point.prior / 100, completions), 2 * num_steps)
-            left.plot(expected, found or num_steps, "o" if found else "^", color=colour)
-            distance = distance_after_warmup(folder / "fkl_warmup")
+            shares = success_shares(folder / "cold")
+            expected = min(expected_steps(point.successes / 100, completions), 2 * len(shares))
+            for share, marker in ((0.0, "o"), (0.5, "+")):
+                step = first_above(share, shares)
+                left.plot(expected, step or len(shares), marker if step else "^", color=colour)
+            distance = distance_to_teacher(folder / "fkl_warmup")
             name = f"prior {point.prior:.2g}%" if seed == seeds[0] else None
             right.plot(distance, accuracy, "o", color=colour, label=name)
     ends = [1, max(left.get_xlim()[1], left.get_ylim()[1])]
     left.plot(ends, ends, color="black", linewidth=0.8)
     left.set(xscale="log", yscale="log", xlabel="steps until a success, expected from the prior")
-    left.set_ylabel("steps until a success, measured (triangle: never)")
+    left.set_ylabel("measured; +: until half are successes; triangle: never")
     right.set(xlabel="KL to the teacher after the warmup, nats", ylabel="avg@16 after OPD, %")
     right.legend(fontsize=8)
     figure.savefig(path, dpi=110)

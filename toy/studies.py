@@ -60,6 +60,13 @@ class Results:
         return [100 * value for value in of_row["benchmarks"]["toy"]["by_seed"].values()]
 
 
+def distance_to_teacher(warmup: Path, step: int = -1) -> float:
+    """Forward KL on the teacher's completions at a step of a warmup, in nats: by default at the end,
+    the paper's condition C2."""
+    lines = (warmup / "metrics.jsonl").read_text().splitlines()
+    return json.loads(lines[step])["policy/forward_kl"]
+
+
 def difference(high: list[float], low: list[float]) -> list[float]:
     """Seed by seed."""
     return [a - b for a, b in zip(high, low, strict=True)]

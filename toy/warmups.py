@@ -2,17 +2,26 @@
 
     python -m toy.warmups                        # two students x 5 lengths x 5 seeds; resumes
 
-Writes warmups.png: accuracy after FKL and OPD over the warmup's length, for each student.
+Writes warmups.png: accuracy after FKL and OPD over the warmup's length, and over the student's
+distance to its teacher where OPD begins, for each student.
 """
 
 import json
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 
 from common.start import start
-from toy.studies import bridge, draw_with_interval, make_student, mean_and_interval, share_teachers
+from toy.studies import (
+    bridge,
+    distance_to_teacher,
+    draw_with_interval,
+    make_student,
+    mean_and_interval,
+    share_teachers,
+)
 from workflow.report import markdown
 
 matplotlib.use("Agg")
@@ -44,24 +53,41 @@ def measure(args: Args, use: float, length: int) -> list[float]:
     preset = args.output_dir / f"warmup_{length}.json"
     warmup, opd = ({"num_steps": number} for number in steps)
     preset.write_text(json.dumps({"fkl_warmup": warmup, "opd": opd}))
-    folder = args.output_dir / f"use_{use:g}-warmup_{length}"
+    folder = folder_of(args, use, length)
     for other in sorted(args.output_dir.glob("use_*/results.json")):
         share_teachers(other.parent, folder)
     flags = ["--student", student, "--preset", str(preset), "--routes", route]
     return bridge(folder, args.seeds, [*flags, "--jobs", str(args.jobs)]).accuracy(row)
 
 
+def folder_of(args: Args, use: float, length: int) -> Path:
+    return args.output_dir / f"use_{use:g}-warmup_{length}"
+
+
+def distances(args: Args, use: float, length: int) -> list[float]:
+    """To the teacher at the end of the warmup, a number a seed; without one, at another's start."""
+    folder = folder_of(args, use, length or LENGTHS[1])
+    step = -1 if length else 0
+    return [distance_to_teacher(folder / f"seed_{s}" / "fkl_warmup", step) for s in args.seeds]
+
+
 def main(args: Args) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    figure, axis = plt.subplots(figsize=(6, 4.5), constrained_layout=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), constrained_layout=True)
     lines = []
     for use in args.uses:
+        name = f"tuned to a use of {use:.1%}"
         accuracies = [measure(args, use, length) for length in LENGTHS]
+        apart = [distances(args, use, length) for length in LENGTHS]
         lines.append([f"{use:g}", *map(mean_and_interval, accuracies)])
-        draw_with_interval(axis, list(LENGTHS), accuracies, f"tuned to a use of {use:.1%}")
+        lines.append(["  KL after it", *(f"{statistics.fmean(d):.3f}" for d in apart)])
+        draw_with_interval(left, list(LENGTHS), accuracies, name)
+        right.plot(sum(apart[:-1], []), sum(accuracies[:-1], []), "o", label=name)
     print(markdown(["use", *(f"{length} of {STEPS}" for length in LENGTHS)], lines))
-    axis.set(xlabel=f"steps of FKL warmup, of {STEPS}", ylabel="avg@16 after FKL and OPD, %")
-    axis.legend()
+    left.set(xlabel=f"steps of FKL warmup, of {STEPS}", ylabel="avg@16 after FKL and OPD, %")
+    right.set(xscale="log", xlabel="KL to the teacher where OPD begins, nats")
+    for axis in (left, right):
+        axis.legend()
     figure.savefig(args.output_dir / "warmups.png", dpi=110)
 
 
