@@ -61,8 +61,8 @@ class Results:
 
 
 def distance_to_teacher(warmup: Path, step: int = -1) -> float:
-    """Forward KL on the teacher's completions at a step of a warmup, in nats: by default at the end,
-    the paper's condition C2."""
+    """Forward KL on the teacher's completions at a step of a warmup, in nats; by default at its
+    end: the paper's condition C2."""
     lines = (warmup / "metrics.jsonl").read_text().splitlines()
     return json.loads(lines[step])["policy/forward_kl"]
 
