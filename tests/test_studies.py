@@ -85,9 +85,11 @@ def tiny(monkeypatch):
 def test_the_map_runs_draws_and_resumes(tiny, tmp_path, capsys):
     args = toy_map.Args(output_dir=tmp_path, uses=(0.02, 0.3), seeds=(1,))
     toy_map.main(args)
-    header, _, *rows = capsys.readouterr().out.splitlines()[-4:]
+    printed = capsys.readouterr().out
+    header, _, *rows = printed[printed.index("| prior, %") :].splitlines()[:4]
     assert header.startswith("| prior, % | cold")
     assert [row.count("|") for row in rows] == [header.count("|")] * 2
+    assert "| raw-teacher bridge < cold GRPO " in printed
     for name in ("map.png", "law.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
     teachers = [tmp_path / f"use_{use}" / "seed_1" / "teacher_grpo" for use in (0.02, 0.3)]

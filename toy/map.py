@@ -156,7 +156,8 @@ def draw_law(points: list[Point], seeds: tuple[int, ...], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def print_table(points: list[Point]) -> None:
+def print_tables(points: list[Point]) -> None:
+    """What each route makes of each student; the claims, judged for each student by itself."""
     lines = []
     for point in points:
         cells = [f"{point.prior:.2f}"]
@@ -164,11 +165,17 @@ def print_table(points: list[Point]) -> None:
         cells += [mean_and_interval(point.difference(name), "+") for name in DIFFERENCES]
         lines.append(cells)
     print(markdown(["prior, %", *ROWS, *DIFFERENCES], lines))
+    judged = [Results(point.folder).read()["claims"] for point in points]
+    lines = []
+    for claims in zip(*judged, strict=True):
+        cells = [f"{100 * claim['difference']:+.1f} {claim['verdict']}" for claim in claims]
+        lines.append([claims[0]["claim"], *cells])
+    print(markdown(["claim", *(f"at {point.prior:.2f}%" for point in points)], lines))
 
 
 def main(args: Args) -> None:
     points = [measure(args, use) for use in args.uses]
-    print_table(points)
+    print_tables(points)
     draw_map(points, args.output_dir / "map.png")
     draw_law(points, args.seeds, args.output_dir / "law.png")
 

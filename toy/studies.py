@@ -53,10 +53,12 @@ class Results:
 
     folder: Path
 
+    def read(self) -> dict:
+        return json.loads((self.folder / "results.json").read_text())
+
     def accuracy(self, row: str) -> list[float]:
         """avg@k in % of a row of the report, one number a seed."""
-        rows = json.loads((self.folder / "results.json").read_text())["rows"]
-        of_row = next(r for r in rows if r["id"] == row)
+        of_row = next(r for r in self.read()["rows"] if r["id"] == row)
         return [100 * value for value in of_row["benchmarks"]["toy"]["by_seed"].values()]
 
 
