@@ -67,7 +67,7 @@ class Recipe:
 
 RECIPES = {
     "teacher": Recipe(96, 3, 4, skill_steps=2000, choice_steps=200, use=0.1),
-    "student": Recipe(48, 2, 2, skill_steps=3400, choice_steps=300, use=0.015),
+    "student": Recipe(48, 2, 2, skill_steps=3400, choice_steps=300, use=0.005),
 }
 LEARNING_RATE, BATCH_SIZE = 2e-3, 128
 NUM_TRAIN, NUM_TEST = 1024, 512
@@ -106,7 +106,7 @@ def completion_text(terms: list[int], step_by_step: bool) -> str:
 
 def is_step_by_step(completion: str) -> bool:
     r"""Whether it begins with a sum. A "=" later on may also be in an answer at once that has run
-    away, `\boxed{30;330+32=62;...`: every other one of the untrained student's is."""
+    away, `\boxed{30;330+32=62;...`: of the untrained student's every third is."""
     return re.match(r"\d+\+\d+=", completion) is not None
 
 
@@ -288,7 +288,8 @@ def main(args: Args) -> None:
             tokenizer.save_pretrained(folder)
         if args.only in ("all", "report", name):
             with Task() as task:
-                test = HERE if args.use is not None else args.output_dir
+                made = (args.output_dir / "test.jsonl").exists()
+                test = args.output_dir if made else HERE
                 problems = data.load_problems(task, str(test / "test.jsonl"))
             print(name, json.dumps(report(folder, problems)))
 
