@@ -43,10 +43,11 @@ ROWS = {
     "cold_matched_tokens": "cold_matched_tokens/cold_matched_tokens",
     "cold_matched_flops": "cold_matched_flops/cold_matched_flops",
 }
-DIFFERENCES = {  # of two rows that have spent the same of something
+DIFFERENCES = {  # of two rows that have spent the same of something; half has spent fewer FLOPs
     "labels: half - cold": ("half", "cold"),
     "tokens: full - cold": ("full", "cold_matched_tokens"),
     "FLOPs: full - cold": ("full", "cold_matched_flops"),
+    "half - cold at full's FLOPs": ("half", "cold_matched_flops"),
 }
 
 
@@ -132,21 +133,32 @@ def draw_map(points: list[Point], path: Path) -> None:
 
 
 def draw_law(points: list[Point], seeds: tuple[int, ...], path: Path) -> None:
-    """A point a seed; of cold GRPO two: its first success, and its first step of half successes."""
+    """A point a seed; of cold GRPO two: its first success, and its first step of half successes.
+    Prints these steps too."""
     completions = len(read_jsonl(points[0].folder / f"seed_{seeds[0]}/cold/rollouts/step_1.jsonl"))
+    lines = []
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), constrained_layout=True)
     for number, point in enumerate(points):
         after_opd = Results(point.folder).accuracy("half/opd")
+        expected = expected_steps(point.successes / 100, completions)
+        found: dict[float, list[int | None]] = {0.0: [], 0.5: []}
         for seed, accuracy in zip(seeds, after_opd, strict=True):
             folder, colour = point.folder / f"seed_{seed}", f"C{number}"
             shares = success_shares(folder / "cold")
-            expected = min(expected_steps(point.successes / 100, completions), 2 * len(shares))
+            shown = min(expected, 2 * len(shares))
             for share, marker in ((0.0, "o"), (0.5, "+")):
                 step = first_above(share, shares)
-                left.plot(expected, step or len(shares), marker if step else "^", color=colour)
+                found[share].append(step)
+                left.plot(shown, step or len(shares), marker if step else "^", color=colour)
             distance = distance_to_teacher(folder / "fkl_warmup")
             name = f"prior {point.prior:.2g}%" if seed == seeds[0] else None
             right.plot(distance, accuracy, "o", color=colour, label=name)
+        steps = [
+            ", ".join(str(step or "never") for step in of_seeds) for of_seeds in found.values()
+        ]
+        lines.append([f"{point.prior:.2f}", f"{point.successes:.3f}", f"{expected:.1f}", *steps])
+    header = ["prior, %", "p, %", "a success expected at step", "measured", "half of a step"]
+    print(markdown(header, lines))
     ends = [1, max(left.get_xlim()[1], left.get_ylim()[1])]
     left.plot(ends, ends, color="black", linewidth=0.8)
     left.set(xscale="log", yscale="log", xlabel="steps until a success, expected from the prior")
