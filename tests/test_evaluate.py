@@ -8,13 +8,13 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 from conftest import SEED, grade, problem_of, prompt_of, prompts_of_many_lengths
-from scipy.stats import binomtest
+from scipy.stats import beta, binomtest, t
 
 import evaluate
 from common.errors import UserError
 from common.rollout import Rollout
 from common.samples_page import samples_page
-from common.statistics import difference_interval, interval, pass_at
+from common.statistics import difference_interval, effective_samples, interval, pass_at
 from common.task import Task, Verdict
 from common.torch_engine import TorchEngine
 from evaluate import majority_votes, paired_difference, sample_benchmark, summarise
@@ -85,6 +85,37 @@ def test_interval_of_many_like_problems_is_that_of_all_samples():
     right = round(values.sum() * 16)
     theirs = binomtest(right, 8000).proportion_ci(method="exact")
     assert interval(values, 16) == pytest.approx(list(theirs), abs=0.003)
+
+
+def test_problems_are_never_worth_more_samples_than_they_have():
+    """Not even those that came out alike by chance, whose spread is 0."""
+    for count, num_samples in ((30, 16), (30, 2), (5, 4), (200, 1)):
+        for right in range(1, num_samples):
+            worth = effective_samples(np.full(count, right / num_samples), num_samples)
+            assert count <= worth <= count * num_samples
+            low, high = interval([right / num_samples] * count, num_samples)
+            pooled = binomtest(right * count, num_samples * count).proportion_ci(method="exact")
+            assert low <= pooled.low
+            assert high >= pooled.high
+
+
+@pytest.mark.parametrize("count", [3, 5, 8])
+def test_interval_of_few_problems(count):
+    """Korn and Graubard's, with their correction by quantiles of t for few clusters."""
+    rng = np.random.default_rng(SEED)
+    covered = 0
+    for _ in range(500):
+        values = rng.binomial(16, difficulties(rng, "3", 0.4, count)) / 16
+        low, high = interval(values, 16)
+        covered += low <= 0.4 <= high
+        if 0 < values.mean() < 1:
+            ratio = t.ppf(0.975, count * 16 - 1) / t.ppf(0.975, count - 1)
+            worth = effective_samples(values, 16) * ratio**2
+            right = worth * values.mean()
+            expected = [beta.ppf(0.025, right, worth - right + 1)]
+            expected.append(beta.ppf(0.975, right + 1, worth - right))
+            assert [low, high] == pytest.approx(expected)
+    assert covered >= 0.93 * 500
 
 
 def test_no_interval_is_a_point():
@@ -253,8 +284,14 @@ class CutEngine(TorchEngine):
         return super().generate(*args, **kwargs)
 
 
-@pytest.mark.parametrize("torn", ["", '{"problem": "1+1", "answ', "\0" * 40])
-def test_a_run_that_was_cut_off_goes_on_where_it_stopped(model, tokenizer, task, tmp_path, torn):
+@pytest.mark.parametrize(
+    ("num_rows", "torn"),
+    [(8, ""), (8, '{"problem": "1+1", "answ'), (8, "\0" * 40), (7, ""), (6, ""), (5, '{"probl')],
+)
+def test_a_run_that_was_cut_off_goes_on_where_it_stopped(
+    model, tokenizer, task, tmp_path, num_rows, torn
+):
+    """At the batch that was not written whole: the seeds of a batch are those of its first."""
     prompts = [
         prompt_of(f"p{i}", ids) for i, ids in enumerate(prompts_of_many_lengths(tokenizer, 9))
     ]
@@ -269,15 +306,16 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(model, tokenizer, task,
     kept = cut.read_text()
     assert kept.count("\n") == 8
     assert whole.read_text().startswith(kept)
-    cut.write_text(kept + torn)
+    cut.write_text("".join(kept.splitlines(True)[:num_rows]) + torn)
     engine = CutEngine(model, tokenizer, batch_size=4)
-    engine.calls = 3  # the batches that are left
+    engine.calls = 3  # counts the batches that are left
     resumed = sample_benchmark(engine, task, prompts, args, (1, 0), cut)
-    assert engine.calls == 6
+    batches = 6 if num_rows == 8 else 7
+    assert engine.calls == batches
     assert cut.read_bytes() == whole.read_bytes()
     assert [r.row() for r in resumed] == [r.row() for r in expected]
     sample_benchmark(engine, task, prompts, args, (1, 0), cut)
-    assert engine.calls == 6  # nothing is left to sample
+    assert engine.calls == batches  # nothing is left to sample
 
 
 class Page(HTMLParser):

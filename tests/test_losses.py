@@ -121,6 +121,16 @@ def test_clipping_stops_the_gradient_on_the_favourable_side_only():
         assert bool(metrics["policy/clip_fraction"]) != moves
 
 
+def test_nothing_counts_as_clipped_where_the_ratio_is_one():
+    """On the first pass over fresh rollouts, whatever the advantages, those of 0 included."""
+    ones = torch.ones(N)
+    for advantage in (-1.0, 0.0, 1.0):
+        _, metrics = grpo.loss_fn(
+            random_logits(0), TOKENS, advantage * ones, ones, ones, None, None, grpo.Args()
+        )
+        assert metrics["policy/clip_fraction"] == 0
+
+
 @pytest.mark.parametrize("norm", ["std", "none"])
 def test_advantages(rollouts, norm):
     args = grpo.Args(group_size=4, advantage_norm=norm)
@@ -247,6 +257,11 @@ def test_opd_divergences(kind, temperature):
     for name in ("reverse_kl", "forward_kl"):
         expected = sum(divergence_loop(name, *row) for row in rows)
         assert metrics[f"policy/{name}"].item() == pytest.approx(expected, rel=1e-4)
+    entropies = [[-sum(math.exp(x) * x for x in logp) for logp in row] for row in rows]
+    gap = sum(of_student - of_teacher for of_student, of_teacher in entropies)
+    assert abs(gap) > 0.1
+    assert metrics["policy/entropy"].item() == pytest.approx(sum(e for e, _ in entropies), rel=1e-4)
+    assert metrics["policy/entropy_gap"].item() == pytest.approx(gap, rel=1e-3)
 
 
 @pytest.mark.parametrize("hard_labels", [False, True])
@@ -272,8 +287,13 @@ def test_sampled_opd_has_the_expected_gradient_of_the_full_reverse_kl():
 
     full, full_gradient = loss_and_gradient(0, opd.Args())
     expected_gradient, expected_loss = torch.zeros_like(student), 0.0
+    logp, logq = student.log_softmax(-1)[0], teacher.log_softmax(-1)[0]
     for token, probability in enumerate(student.softmax(-1)[0]):
         loss, gradient = loss_and_gradient(token, opd.Args(estimator="sampled"))
+        # The advantage is detached. (If it is not, a term is added whose expectation is 0.)
+        score = torch.eye(V)[token] - logp.exp()  # the gradient of log pi of this token
+        of_token = (logp - logq)[token] * score
+        torch.testing.assert_close(gradient[0], of_token, atol=1e-6, rtol=1e-4)
         expected_gradient += probability * gradient
         expected_loss += probability.item() * loss
     torch.testing.assert_close(expected_gradient, full_gradient, atol=1e-6, rtol=1e-4)

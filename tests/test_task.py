@@ -253,6 +253,28 @@ def test_a_killed_worker_is_replaced(tmp_path):
         assert grade(task, ["quick"], ["1"])[0].correct  # it died while idle
 
 
+def test_a_reply_to_an_earlier_call_is_none_to_this_one(tmp_path):
+    """A child that a grader has left behind speaks over its channel, once the next call runs."""
+    code = (
+        "import json, os, time\nfrom common import task_worker\n"
+        "def prompt(row): return 'a'\n"
+        "def grade(completion, row):\n"
+        "    channel = task_worker.channel\n"
+        "    late = json.dumps([channel.number, 'value', 0.25]) + '\\n'\n"
+        "    if completion == 'leaves a child' and os.fork() == 0:\n"
+        "        time.sleep(0.3)\n"
+        "        channel.socket.sendall(late.encode())\n"
+        "        os._exit(0)\n"
+        "    time.sleep(1.0 * (completion == 'slow'))\n"
+        "    return 1.0\n"
+    )
+    with Task(write(tmp_path, code), timeout_s=5) as task:
+        task.pool.num_workers = 1
+        verdicts = grade(task, ["leaves a child", "slow", "quick"], ["1"] * 3)
+        assert [verdict.reward for verdict in verdicts] == [1.0, 1.0, 1.0]
+        assert len(task.pool._workers) == 1  # nobody was replaced meanwhile
+
+
 def test_any_thread_may_call(task):
     results = {}
 
