@@ -32,8 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common.errors import check
-from common.start import check_ranges, start
+from common.run.errors import check
+from common.run.process import check_ranges, start
 from workflow.budget import print_budget
 from workflow.machine import FIT_HEADER, check_fit, find_machine
 from workflow.presets import fill_in, preset_of

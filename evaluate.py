@@ -31,22 +31,22 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from common import data
-from common.atomic_files import write_atomic, write_json, write_jsonl, writing
-from common.errors import check
-from common.input_hashes import inputs_of, model_path
-from common.model import check_shapes, load_model, load_tokenizer
-from common.ranks import gather, join_ranks, on_first_rank, rank
-from common.rollout import Rollout, rollout_metrics
-from common.run_folder import claim_folder, lock_folder
-from common.sampler import sample_and_verify
-from common.samples_page import samples_page
-from common.sharding import DTYPES
-from common.start import check_ranges, start
+from common.model.load import check_shapes, load_model, load_tokenizer
+from common.model.shard import DTYPES
+from common.run.atomic_files import write_atomic, write_json, write_jsonl, writing
+from common.run.errors import check
+from common.run.folder import claim_folder, lock_folder
+from common.run.inputs import inputs_of, model_path
+from common.run.process import check_ranges, start
+from common.run.ranks import gather, join_ranks, on_first_rank, rank
+from common.sampling.rollout import Rollout, rollout_metrics
+from common.sampling.sampler import sample_and_verify
+from common.sampling.samples_page import samples_page
+from common.sampling.torch_engine import TorchEngine
+from common.sampling.vllm_engine import VLLMEngine, resolve_backend
 from common.statistics import difference_interval, interval, pass_at
-from common.task import Task
-from common.torch_engine import TorchEngine
-from common.vllm_engine import VLLMEngine, resolve_backend
+from common.tasks import data
+from common.tasks.task import Task
 
 
 @dataclass

@@ -33,19 +33,25 @@ from typing import Literal
 
 import torch
 
-from common import data
-from common.errors import check
-from common.lm_head import chunked_backward, frozen_hidden_states, head_logprobs
-from common.logprob import token_logprobs
-from common.lora import trained_parameters
-from common.model import check_shapes, load_for_training, load_reference, load_tokenizer
-from common.ranks import gather, join_ranks, max_over_ranks, sum_dicts_over_ranks, sum_over_ranks
-from common.rollout import Rollout
-from common.run import Run, check_training, mean, start_training
-from common.sampler import Sampler
-from common.sharding import accumulating, clip_grad_norm, device_of
-from common.task import Task
-from common.vllm_engine import resolve_backend
+from common.model.head import chunked_backward, frozen_hidden_states, head_logprobs
+from common.model.load import check_shapes, load_for_training, load_reference, load_tokenizer
+from common.model.logprob import token_logprobs
+from common.model.lora import trained_parameters
+from common.model.shard import accumulating, clip_grad_norm, device_of
+from common.run.errors import check
+from common.run.ranks import (
+    gather,
+    join_ranks,
+    max_over_ranks,
+    sum_dicts_over_ranks,
+    sum_over_ranks,
+)
+from common.run.run import Run, check_training, mean, start_training
+from common.sampling.rollout import Rollout
+from common.sampling.sampler import Sampler
+from common.sampling.vllm_engine import resolve_backend
+from common.tasks import data
+from common.tasks.task import Task
 
 # === arguments ===
 

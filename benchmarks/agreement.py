@@ -33,13 +33,13 @@ from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 import fkl_warmup
 import grpo
 import opd
-from common import data
-from common.model import load_for_training, load_tokenizer
-from common.rollout import Rollout
-from common.sampler import sample_and_verify
-from common.start import start
-from common.task import Task
-from common.torch_engine import TorchEngine
+from common.model.load import load_for_training, load_tokenizer
+from common.run.process import start
+from common.sampling.rollout import Rollout
+from common.sampling.sampler import sample_and_verify
+from common.sampling.torch_engine import TorchEngine
+from common.tasks import data
+from common.tasks.task import Task
 
 LIMITS = {torch.float32: 1e-4, torch.float64: 1e-5}  # by the type of the layers
 PROMPTS, TRL_STEPS = 16, 4

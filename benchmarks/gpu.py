@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from common.input_hashes import ROOT
-from common.memory import config_of
-from common.model import load_tokenizer
-from common.run_folder import machine
-from common.start import start
+from common.model.load import load_tokenizer
+from common.model.memory import config_of
+from common.run.folder import machine
+from common.run.inputs import ROOT
+from common.run.process import start
 
 
 @dataclass

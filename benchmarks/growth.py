@@ -23,11 +23,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import grpo
 import opd
-from common import sampler
-from common.input_hashes import ROOT
-from common.model import load_tokenizer
-from common.start import start
-from common.task import Verdict
+from common.model.load import load_tokenizer
+from common.run.inputs import ROOT
+from common.run.process import start
+from common.sampling import sampler
+from common.tasks.task import Verdict
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  behind the choice of a backend

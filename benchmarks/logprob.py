@@ -14,11 +14,11 @@ from typing import Literal
 
 import torch
 
-from common import divergence, logprob
-from common.lm_head import _add_product, head_backward
-from common.ranks import resolve_device
-from common.sharding import DTYPES
-from common.start import start
+from common.model import divergence, logprob
+from common.model.head import _add_product, head_backward
+from common.model.shard import DTYPES
+from common.run.process import start
+from common.run.ranks import resolve_device
 
 
 @dataclass

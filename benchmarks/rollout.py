@@ -14,15 +14,15 @@ from typing import Literal
 
 import torch
 
-from common import data
-from common.model import load_model, load_tokenizer
-from common.ranks import resolve_device
-from common.sampler import make_engine
-from common.sharding import DTYPES
-from common.start import start
-from common.task import Task
-from common.torch_engine import TorchEngine
-from common.vllm_engine import resolve_backend
+from common.model.load import load_model, load_tokenizer
+from common.model.shard import DTYPES
+from common.run.process import start
+from common.run.ranks import resolve_device
+from common.sampling.sampler import make_engine
+from common.sampling.torch_engine import TorchEngine
+from common.sampling.vllm_engine import resolve_backend
+from common.tasks import data
+from common.tasks.task import Task
 
 
 @dataclass

@@ -13,11 +13,11 @@ from typing import Literal
 
 import torch
 
-from common import memory
-from common.model import load_for_training
-from common.ranks import join_ranks, max_over_ranks, num_ranks, rank
-from common.rollout import Rollout
-from common.start import start
+from common.model import memory
+from common.model.load import load_for_training
+from common.run.process import start
+from common.run.ranks import join_ranks, max_over_ranks, num_ranks, rank
+from common.sampling.rollout import Rollout
 
 
 @dataclass

@@ -30,12 +30,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.floor import copy_rate, product_rate
-from common import data, flops, rollout, sampler
-from common.input_hashes import ROOT, model_path
-from common.model import load_tokenizer
-from common.sharding import DTYPES
-from common.start import start
-from common.task import Task, Verdict
+from common.model import flops
+from common.model.load import load_tokenizer
+from common.model.shard import DTYPES
+from common.run.inputs import ROOT, model_path
+from common.run.process import start
+from common.sampling import rollout, sampler
+from common.tasks import data
+from common.tasks.task import Task, Verdict
 
 
 @dataclass(frozen=True)

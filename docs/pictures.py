@@ -1,4 +1,4 @@
-"""memory.svg and phases.svg: what is on the GPU in a step of OPD, computed by common/memory.py.
+"""memory.svg and phases.svg: what is on the GPU in a step of OPD, by common/model/memory.py.
 
 python docs/pictures.py
 """
@@ -12,7 +12,7 @@ import matplotlib
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import opd
-from common.memory import GB, Plan, plan_of
+from common.model.memory import GB, Plan, plan_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  behind the choice of a backend

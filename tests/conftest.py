@@ -6,21 +6,21 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from common.data import Prompt
-from common.input_hashes import ROOT
-from common.math_task import task as math_task
-from common.model import load_tokenizer
-from common.rollout import Rollout
-from common.task import Problem, Task, Verdict
-from common.task_worker import identify
-from common.torch_engine import TorchEngine
+from common.model.load import load_tokenizer
+from common.run.inputs import ROOT
+from common.sampling.rollout import Rollout
+from common.sampling.torch_engine import TorchEngine
+from common.tasks.data import Prompt
+from common.tasks.math import task as math_task
+from common.tasks.task import Problem, Task, Verdict
+from common.tasks.worker import identify
 
 SEED = 20260512
 SAMPLED = {"max_new_tokens": 12, "temperature": 1.0}
 
 
 def generate(engine, prompts: list[list[int]], group_size: int, seed=(SEED,), **settings):
-    """engine.generate, with the seeds that common.sampler gives."""
+    """engine.generate, with the seeds that common.sampling.sampler gives."""
     seeds = [(*seed, number) for number in range(len(prompts))]
     return engine.generate(prompts, group_size, seeds=seeds, **settings)
 

@@ -11,8 +11,10 @@ import threading
 
 import torch
 
-from common import atomic_files, checkpoint, lm_head, torch_engine
-from common.errors import RunFailure
+from common.model import head as lm_head
+from common.run import atomic_files, checkpoint
+from common.run.errors import RunFailure
+from common.sampling import torch_engine
 from workflow.fork_server import serve
 
 

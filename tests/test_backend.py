@@ -10,13 +10,13 @@ import torch
 from conftest import generate, prompt_of, torchrun
 
 import grpo
-from common import vllm_engine as module
-from common.errors import RunFailure, UserError
-from common.lora import whole_weights
-from common.sampler import make_engine
-from common.start import start
-from common.sync_proof import WeightSyncError, same_bits, stale_parameters
-from common.vllm_engine import resolve_backend
+from common.model.lora import whole_weights
+from common.run.errors import RunFailure, UserError
+from common.run.process import start
+from common.sampling import vllm_engine as module
+from common.sampling.sampler import make_engine
+from common.sampling.sync_proof import WeightSyncError, same_bits, stale_parameters
+from common.sampling.vllm_engine import resolve_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -313,8 +313,8 @@ SHARDED = """
 import torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from transformers import Qwen3Config, Qwen3ForCausalLM
-from common.lora import whole_weights
-from common.sync_proof import same_bits
+from common.model.lora import whole_weights
+from common.sampling.sync_proof import same_bits
 
 dist.init_process_group("gloo")
 torch.manual_seed(0)
@@ -339,8 +339,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from types import SimpleNamespace
-from common import lm_head as chunked
-from common.sharding import accumulating
+from common.model import head as chunked
+from common.model.shard import accumulating
 
 dist.init_process_group("gloo")
 torch.manual_seed(0)

@@ -13,10 +13,10 @@ from test_report import planned
 from test_scripts import run_process as run
 
 import bridge
-from common.errors import RunFailure, UserError
-from common.flops import forward_flops
-from common.input_hashes import ROOT
-from common.model import load_model
+from common.model.flops import forward_flops
+from common.model.load import load_model
+from common.run.errors import RunFailure, UserError
+from common.run.inputs import ROOT
 from workflow import machine, processes
 from workflow.budget import most_flops
 from workflow.presets import preset_of, script_args
@@ -386,7 +386,7 @@ def test_a_plan_says_what_lora_would_take(capsys):
 
 
 def test_the_budget_counts_as_training_does(monkeypatch):
-    """FLOPs of a forward pass as common.flops has them, but for norms; passes of each trainer."""
+    """FLOPs of a forward pass as they are counted, but for norms; passes of each trainer."""
     args = bridge.Args(num_minibatches=1)
     stages = {stage.name: stage for stage in planned(args)[0]}
     for name, model, passes in (

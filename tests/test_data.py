@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 from conftest import problem_of
 
-from common import data
-from common.errors import UserError
-from common.input_hashes import ROOT, inputs_of
-from common.math_task.task import instruction, key
+from common.run.errors import UserError
+from common.run.inputs import ROOT, inputs_of
+from common.tasks import data
+from common.tasks.math.task import instruction, key
 
 
 def write(path, rows) -> str:

@@ -99,7 +99,7 @@ def test_metrics_are_documented_once_and_all():
     text = (ROOT / "docs" / "metrics.md").read_text()
     rows = re.findall(r"^\| `([a-z]+/[a-z_]+)` \|", text, re.MULTILINE)
     assert len(rows) == len(set(rows))
-    sources = [*(ROOT / name for name in TRAINERS), *(ROOT / "common").glob("*.py")]
+    sources = [*(ROOT / name for name in TRAINERS), *(ROOT / "common").rglob("*.py")]
     code = "".join(path.read_text() for path in sources)
     prefixes = "rollout|loss|policy|optim|sync|time|eval"
     missing = set(re.findall(rf'"((?:{prefixes})/[a-z_]+)"', code)) - set(rows)

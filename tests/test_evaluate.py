@@ -11,12 +11,12 @@ from conftest import SEED, grade, problem_of, prompt_of, prompts_of_many_lengths
 from scipy.stats import beta, binomtest, t
 
 import evaluate
-from common.errors import UserError
-from common.rollout import Rollout
-from common.samples_page import samples_page
+from common.run.errors import UserError
+from common.sampling.rollout import Rollout
+from common.sampling.samples_page import samples_page
+from common.sampling.torch_engine import TorchEngine
 from common.statistics import difference_interval, effective_samples, interval, pass_at
-from common.task import Task, Verdict
-from common.torch_engine import TorchEngine
+from common.tasks.task import Task, Verdict
 from evaluate import majority_votes, paired_difference, sample_benchmark, summarise
 
 

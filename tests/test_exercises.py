@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from common.input_hashes import ROOT
+from common.run.inputs import ROOT
 
 PAGE = (ROOT / "docs" / "exercises.md").read_text()
 SOURCES = ("common", "tests", "toy", "workflow", "pyproject.toml", "evaluate.py")

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import SEED
 
-from common.input_hashes import ROOT
+from common.run.inputs import ROOT
 from workflow.fork_server import ForkServer
 
 pytestmark = pytest.mark.faults

@@ -7,9 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from benchmarks import on_paper
-from common import flops, memory
-from common.flops import forward_flops
-from common.lm_head import chunked_backward, frozen_hidden_states
+from common.model import flops, memory
+from common.model.flops import forward_flops
+from common.model.head import chunked_backward, frozen_hidden_states
 
 
 def test_flops_are_those_that_torch_counts(tokenizer):

@@ -9,8 +9,8 @@ import sys
 import pytest
 from test_scripts import SMALL, run_process
 
-from common.errors import RunFailure
-from common.input_hashes import ROOT
+from common.run.errors import RunFailure
+from common.run.inputs import ROOT
 from workflow.fork_server import ForkServer
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "2"}  # as test_scripts.run

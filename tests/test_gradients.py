@@ -16,9 +16,9 @@ from test_losses import (
 
 import grpo
 import opd
-from common.divergence import divergence
-from common.lm_head import head_backward
-from common.logprob import token_logprobs
+from common.model.divergence import divergence
+from common.model.head import head_backward
+from common.model.logprob import token_logprobs
 
 
 @pytest.mark.parametrize("on_policy", [True, False])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.input_hashes import ROOT
+from common.run.inputs import ROOT
 
 pytest.importorskip("triton")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -31,7 +31,7 @@ def run_python(code: str, **environment) -> str:
 INTERPRETED = """
 import math
 import torch
-from common import logprob
+from common.model import logprob
 
 def oracle(logits, tokens, temperature, up_logprobs, up_entropy):
     x = (logits.double() / temperature).requires_grad_()
@@ -126,7 +126,7 @@ def test_the_kernels_against_float64():
 
 DIVERGENCES = """
 import torch
-from common import divergence as fused
+from common.model import divergence as fused
 
 def mean(p, values):
     return torch.where(p > 0, p * values, 0.0).sum(-1)
@@ -201,7 +201,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from common import divergence, logprob
+from common.model import divergence, logprob
 
 KINDS = [{"KIND": kind} for kind in ("reverse_kl", "forward_kl", "jsd")]
 folder, architecture = sys.argv[1], int(sys.argv[2])
@@ -260,7 +260,7 @@ def test_the_kernels_compile_without_spills(architecture, tmp_path):
 
 
 def test_both_outputs_are_differentiable():
-    from common.logprob import token_logprobs
+    from common.model.logprob import token_logprobs
 
     logits = torch.randn(3, 11, requires_grad=True)
     tokens = torch.tensor([0, 10, -100])
@@ -282,7 +282,7 @@ def test_both_outputs_are_differentiable():
 
 
 def test_the_gradient_may_overwrite_the_logits():
-    from common.logprob import token_logprobs
+    from common.model.logprob import token_logprobs
 
     logits, tokens = torch.randn(3, 11), torch.tensor([0, 10, 4])
     kept = logits.clone().requires_grad_()
@@ -295,8 +295,8 @@ def test_the_gradient_may_overwrite_the_logits():
 
 def test_the_chunks_logits_are_freed():
     """They once were not: a chunk of them stayed behind at each micro-batch."""
-    from common.lm_head import head_backward
-    from common.logprob import token_logprobs
+    from common.model.head import head_backward
+    from common.model.logprob import token_logprobs
 
     statm = Path("/proc/self/statm")
     if not statm.exists():

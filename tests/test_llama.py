@@ -15,9 +15,11 @@ from test_scripts import run_process
 from transformers import AutoTokenizer
 
 import bridge
-from common import data, memory, model
-from common.errors import UserError
-from common.model import end_ids, load_model, load_tokenizer
+from common.model import load as model
+from common.model import memory
+from common.model.load import end_ids, load_model, load_tokenizer
+from common.run.errors import UserError
+from common.tasks import data
 from workflow.paper_results import results_of
 
 TEACHER, STUDENT = "meta-llama/Llama-3.3-70B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"

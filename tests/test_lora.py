@@ -15,10 +15,8 @@ from transformers import AutoModelForCausalLM
 import fkl_warmup
 import grpo
 import opd
-from common.checkpoint import prepare_state, training_state
-from common.errors import UserError
-from common.input_hashes import ROOT
-from common.lora import (
+from common.model.load import load_for_training
+from common.model.lora import (
     BaseOf,
     add_adapters,
     layers_of,
@@ -27,8 +25,10 @@ from common.lora import (
     weight_names,
     whole_weights,
 )
-from common.model import load_for_training
-from common.saving import save_final
+from common.model.save import save_final
+from common.run.checkpoint import prepare_state, training_state
+from common.run.errors import UserError
+from common.run.inputs import ROOT
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 19)[None]

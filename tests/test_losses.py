@@ -9,10 +9,10 @@ from conftest import gradients, tiny_model, torchrun
 import fkl_warmup
 import grpo
 import opd
-from common.lm_head import head_backward
-from common.logprob import token_logprobs
-from common.rollout import Rollout
-from common.task import Verdict
+from common.model.head import head_backward
+from common.model.logprob import token_logprobs
+from common.sampling.rollout import Rollout
+from common.tasks.task import Verdict
 
 N, V = 7, 11
 
@@ -553,8 +553,8 @@ SHARDED = """
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from common.lm_head import head_backward, head_logprobs
-from common.logprob import token_logprobs
+from common.model.head import head_backward, head_logprobs
+from common.model.logprob import token_logprobs
 
 dist.init_process_group("gloo")
 rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))

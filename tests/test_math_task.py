@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import grade
 
-from common.input_hashes import ROOT
-from common.math_task.answers import compare_cheaply, extract_answer
-from common.math_task.check_labelled import judge
-from common.task import Verdict
+from common.run.inputs import ROOT
+from common.tasks.math.answers import compare_cheaply, extract_answer
+from common.tasks.math.check_labelled import judge
+from common.tasks.task import Verdict
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ GRADED = Path(__file__).parent / "data" / "math_answers.jsonl"
 
 
 def grade_file(*flags: str) -> list:
-    command = [sys.executable, "-m", "common.math_task.check_labelled", str(GRADED), *flags]
+    command = [sys.executable, "-m", "common.tasks.math.check_labelled", str(GRADED), *flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     return json.loads(done.stdout)
 

@@ -10,9 +10,9 @@ from transformers import LlamaConfig, Qwen3Config
 import fkl_warmup
 import grpo
 import opd
-from common import memory
-from common.errors import UserError
-from common.input_hashes import ROOT
+from common.model import memory
+from common.run.errors import UserError
+from common.run.inputs import ROOT
 
 SHAPES = {
     "SmolLM2-135M": LlamaConfig(
@@ -43,8 +43,8 @@ import json, sys
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 import grpo
-from common.model import _recompute_activations
-from common.rollout import Rollout
+from common.model.load import _recompute_activations
+from common.sampling.rollout import Rollout
 
 def peak():  # of resident memory, bytes
     lines = open("/proc/self/status").read().splitlines()

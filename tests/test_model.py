@@ -9,11 +9,11 @@ import torch
 from conftest import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from common import saving
-from common.errors import UserError
-from common.input_hashes import ROOT
-from common.model import check_shapes, end_ids, load_model, load_tokenizer, share_end_ids
-from common.torch_engine import TorchEngine
+from common.model import save as saving
+from common.model.load import check_shapes, end_ids, load_model, load_tokenizer, share_end_ids
+from common.run.errors import UserError
+from common.run.inputs import ROOT
+from common.sampling.torch_engine import TorchEngine
 
 CPU = torch.device("cpu")
 EOS, OTHER_EOS = "<|im_end|>", "<|endoftext|>"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_bridge import TINY
 
-from common.input_hashes import ROOT
+from common.run.inputs import ROOT
 
 pytestmark = pytest.mark.slow
 ROUTE = ["--routes", "raw_teacher", "--nproc_per_node", "2", "--nnodes", "2"]

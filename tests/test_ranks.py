@@ -15,8 +15,8 @@ from conftest import tiny_model, torchrun
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common import saving
-from common.input_hashes import ROOT
+from common.model import save as saving
+from common.run.inputs import ROOT
 
 pytestmark = pytest.mark.slow
 SIZES = ["--prompts_per_step", "5", "--group_size", "4", "--max_new_tokens", "24"]
@@ -168,8 +168,8 @@ import sys
 from types import SimpleNamespace
 import torch, torch.distributed as dist
 from transformers import AutoModelForCausalLM
-from common import model as module
-from common.lora import whole_weights
+from common.model import load as module
+from common.model.lora import whole_weights
 
 dist.init_process_group("gloo")
 folder = sys.argv[1]
@@ -208,8 +208,8 @@ import ctypes, sys, threading, time
 from pathlib import Path
 from types import SimpleNamespace
 import torch, torch.distributed as dist
-from common.lazy import import_all
-from common.model import load_for_training
+from common.run.lazy import import_all
+from common.model.load import load_for_training
 
 import_all()  # before memory is looked at
 ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: else the C library keeps what is freed

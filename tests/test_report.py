@@ -11,10 +11,10 @@ from conftest import SEED
 from scipy.stats import ttest_1samp, ttest_rel
 
 import bridge
-from common.data import template_fingerprint
-from common.errors import UserError
-from common.input_hashes import ROOT, inputs_of
+from common.run.errors import UserError
+from common.run.inputs import ROOT, inputs_of
 from common.statistics import judge, t_interval, t_test
+from common.tasks.data import template_fingerprint
 from workflow.machine import find_machine
 from workflow.paper_results import CLAIMS, RESULTS, results_of
 from workflow.presets import fill_in, preset_of

@@ -18,15 +18,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen3Config
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from common import decoding
-from common.atomic_files import write_jsonl
-from common.errors import UserError
-from common.logprob import likeliest, token_logprobs
-from common.model import end_ids
-from common.rollout import Rollout, load_rollouts, rollout_metrics, verify
-from common.sampler import sample_and_verify
-from common.task import OUTCOMES
-from common.torch_engine import TorchEngine, _kept, draw, rows_that_fit
+from common.model.load import end_ids
+from common.model.logprob import likeliest, token_logprobs
+from common.run.atomic_files import write_jsonl
+from common.run.errors import UserError
+from common.sampling import decoding
+from common.sampling.rollout import Rollout, load_rollouts, rollout_metrics, verify
+from common.sampling.sampler import sample_and_verify
+from common.sampling.torch_engine import TorchEngine, _kept, draw, rows_that_fit
+from common.tasks.task import OUTCOMES
 
 
 def same(a, b) -> bool:

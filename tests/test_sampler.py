@@ -2,8 +2,8 @@
 
 from types import SimpleNamespace
 
-from common.run import Progress
-from common.sampler import Sampler, Stream
+from common.run.run import Progress
+from common.sampling.sampler import Sampler, Stream
 
 
 def test_the_stream_goes_by_the_cursor_alone():

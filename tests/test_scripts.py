@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from test_model import OTHER_EOS, changed_copy
 from transformers import AutoModelForCausalLM
 
-from common.flops import forward_flops
-from common.input_hashes import ROOT
-from common.start import start
+from common.model.flops import forward_flops
+from common.run.inputs import ROOT
+from common.run.process import start
 from workflow.fork_server import ForkServer
 
 SMALL = ["--prompts_per_step", "4", "--group_size", "4", "--warmup_steps", "1"]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from common.input_hashes import ROOT
+from common.run.inputs import ROOT
 
 pytestmark = pytest.mark.pretrained
 

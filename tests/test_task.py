@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import grade
 
-from common.errors import RunFailure, UserError
-from common.task import Task, Verdict
-from common.task_worker import answering_part
+from common.run.errors import RunFailure, UserError
+from common.tasks.task import Task, Verdict
+from common.tasks.worker import answering_part
 
 BOMBS = [r"\boxed{9^{9^{9^9}}}", r"\boxed{100000000!}"]
 GOOD = "def prompt(row): return row['text']\ndef grade(completion, row): return 1.0\n"
@@ -256,10 +256,10 @@ def test_a_killed_worker_is_replaced(tmp_path):
 def test_a_reply_to_an_earlier_call_is_none_to_this_one(tmp_path):
     """A child that a grader has left behind speaks over its channel, once the next call runs."""
     code = (
-        "import json, os, time\nfrom common import task_worker\n"
+        "import json, os, time\nfrom common.tasks import worker\n"
         "def prompt(row): return 'a'\n"
         "def grade(completion, row):\n"
-        "    channel = task_worker.channel\n"
+        "    channel = worker.channel\n"
         "    late = json.dumps([channel.number, 'value', 0.25]) + '\\n'\n"
         "    if completion == 'leaves a child' and os.fork() == 0:\n"
         "        time.sleep(0.3)\n"

@@ -12,10 +12,10 @@ import pytest
 from conftest import SEED, grade
 from test_task import BOMBS, assert_gone, pids_of
 
-from common.input_hashes import ROOT
-from common.math_task.answers import compare_cheaply, extract_answer
-from common.rollout import Rollout
-from common.task import OUTCOMES, Task
+from common.run.inputs import ROOT
+from common.sampling.rollout import Rollout
+from common.tasks.math.answers import compare_cheaply, extract_answer
+from common.tasks.task import OUTCOMES, Task
 from evaluate import majority_votes
 
 pytestmark = pytest.mark.faults
@@ -181,7 +181,7 @@ import sys
 sys.path.insert(0, "tests")
 from conftest import grade
 from test_task import pids_of
-from common.task import Task
+from common.tasks.task import Task
 task = Task(timeout_s={timeout_s})
 grade(task, [r"\\boxed{{\\frac12}}"] * 20, ["0.5"] * 20)
 print(*pids_of(task), flush=True)

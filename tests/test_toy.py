@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from common import data
-from common.input_hashes import ROOT
+from common.run.inputs import ROOT
+from common.tasks import data
 from toy import make
 
 TOY = ROOT / "toy"

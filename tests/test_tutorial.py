@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from common.input_hashes import ROOT
+from common.run.inputs import ROOT
 
 NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
 CELLS = nbformat.read(NOTEBOOK, as_version=4).cells

@@ -16,15 +16,15 @@ from transformers import AutoModelForCausalLM
 import fkl_warmup
 import grpo
 import opd
-from common.data import evaluation_prompts
-from common.errors import RunFailure
-from common.input_hashes import ROOT
-from common.model import load_model
-from common.run import learning_rate_at
-from common.sampler import Sampler, sample_and_verify
-from common.start import STOP, Stopped
-from common.task import Verdict
-from common.torch_engine import TorchEngine
+from common.model.load import load_model
+from common.run.errors import RunFailure
+from common.run.inputs import ROOT
+from common.run.process import STOP, Stopped
+from common.run.run import learning_rate_at
+from common.sampling.sampler import Sampler, sample_and_verify
+from common.sampling.torch_engine import TorchEngine
+from common.tasks.data import evaluation_prompts
+from common.tasks.task import Verdict
 
 TRAINERS = [grpo, opd, fkl_warmup]
 SMALL = {"prompts_per_step": 4, "group_size": 4, "warmup_steps": 1, "checkpoint_every": 0}

@@ -17,21 +17,21 @@ from conftest import SEED, generate, prompt_of, tiny_model
 from llama import make_llama
 from safetensors.torch import load_file
 
-from common import vllm_engine as module
-from common.errors import RunFailure, UserError
-from common.input_hashes import ROOT
-from common.lora import (
+from common.model.load import load_model
+from common.model.lora import (
     add_adapters,
     layers_of,
     set_adapters,
     trained_parameters,
     weight_names,
 )
-from common.model import load_model
-from common.sampler import make_engine
-from common.sync_proof import CANARY_LIMIT, WeightSyncError, stale_parameters
-from common.torch_engine import TorchEngine
-from common.vllm_engine import VLLMEngine, resolve_backend
+from common.run.errors import RunFailure, UserError
+from common.run.inputs import ROOT
+from common.sampling import vllm_engine as module
+from common.sampling.sampler import make_engine
+from common.sampling.sync_proof import CANARY_LIMIT, WeightSyncError, stale_parameters
+from common.sampling.torch_engine import TorchEngine
+from common.sampling.vllm_engine import VLLMEngine, resolve_backend
 
 pytestmark = pytest.mark.vllm
 CPU = torch.device("cpu")

@@ -30,14 +30,14 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from common import data
-from common.errors import check
-from common.math_task.task import instruction
-from common.model import load_model, load_tokenizer
-from common.sampler import sample_and_verify
-from common.start import start
-from common.task import Problem, Task
-from common.torch_engine import TorchEngine
+from common.model.load import load_model, load_tokenizer
+from common.run.errors import check
+from common.run.process import start
+from common.sampling.sampler import sample_and_verify
+from common.sampling.torch_engine import TorchEngine
+from common.tasks import data
+from common.tasks.math.task import instruction
+from common.tasks.task import Problem, Task
 
 HERE = Path(__file__).parent
 CHAT_TEMPLATE = (

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import matplotlib
 
-from common.data import read_jsonl
-from common.start import start
+from common.run.process import start
+from common.tasks.data import read_jsonl
 from toy.make import is_step_by_step
 from toy.studies import (
     Results,

@@ -8,8 +8,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import RunFailure
-from common.input_hashes import ROOT
+from common.run.errors import RunFailure
+from common.run.inputs import ROOT
 from common.statistics import t_interval
 
 # No student has part in them, so that a study of several students runs them once.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import matplotlib
 
-from common.start import start
+from common.run.process import start
 from toy.studies import (
     bridge,
     distance_to_teacher,

@@ -5,8 +5,8 @@ At most: every completion counts as --max_new_tokens long, every prompt as --max
 what is recomputed is left out. The rates are the user's: nothing here was measured.
 """
 
-from common import memory
-from common.errors import UserError, check
+from common.model import memory
+from common.run.errors import UserError, check
 from workflow.stages import Stage
 
 HOURS = 3600.0

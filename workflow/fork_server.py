@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from common.errors import RunFailure
-from common.input_hashes import ROOT
-from common.lazy import import_all
+from common.run.errors import RunFailure
+from common.run.inputs import ROOT
+from common.run.lazy import import_all
 from workflow.presets import KINDS
 
 

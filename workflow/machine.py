@@ -1,6 +1,6 @@
 """The machine that stages run on: how they are launched, what makes them fit, what does not fit.
 
-All of it is computed by common.memory before anything is loaded. Sizes are in bytes.
+All of it is computed by common.model.memory before anything is loaded. Sizes are in bytes.
 """
 
 import os
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from common import memory
-from common.errors import UserError, check
-from common.memory import GB
+from common.model import memory
+from common.model.memory import GB
+from common.run.errors import UserError, check
 from workflow.budget import most_tokens
 from workflow.presets import Setting, ours
 from workflow.stages import Stage

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import tyro
 
-from common.data import default_decontamination, default_of
-from common.errors import UserError, check, one_line
-from common.model import lacks_chat_template
-from common.task import Task
+from common.model.load import lacks_chat_template
+from common.run.errors import UserError, check, one_line
+from common.tasks.data import default_decontamination, default_of
+from common.tasks.task import Task
 
 # Kind of stage -> its script, and the flags that make the kind.
 KINDS: dict[str, tuple[str, dict[str, object]]] = {

@@ -7,9 +7,9 @@ import signal
 import subprocess
 import sys
 
-from common.errors import RunFailure, UserError
-from common.input_hashes import ROOT
-from common.start import Stopped
+from common.run.errors import RunFailure, UserError
+from common.run.inputs import ROOT
+from common.run.process import Stopped
 from workflow.fork_server import ForkServer
 from workflow.stages import Stage
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from common.errors import check
+from common.run.errors import check
 from workflow.machine import Machine, settings_that_fit
 from workflow.paper_results import routes_of
 from workflow.presets import KINDS, Preset, Setting, ours

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from common.data import template_fingerprint
-from common.errors import check
-from common.input_hashes import inputs_of
-from common.model import load_tokenizer
-from common.run_folder import MAY_CHANGE
+from common.model.load import load_tokenizer
+from common.run.errors import check
+from common.run.folder import MAY_CHANGE
+from common.run.inputs import inputs_of
+from common.tasks.data import template_fingerprint
 from workflow.presets import Preset, Setting, as_words, script_args
 
 

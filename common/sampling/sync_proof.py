@@ -1,0 +1,114 @@
+"""Proof that an engine holds the trained weights, and computes with them.
+
+The worst bug of the field lives in the copy: an engine keeps old weights, and nothing says so.
+"""
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from common.model.head import head_logprobs, hidden_states
+from common.model.lora import weight_names, whole_weight
+from common.model.shard import device_of
+from common.run.errors import RunFailure
+from common.run.ranks import gather
+
+# Of the mean |log-prob difference|. bfloat16 rounds a logit of 16 to 32 by up to 0.06, on both
+# sides: 0.04 was seen of a healthy SmolLM2-135M.
+CANARY_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+
+
+class WeightSyncError(RunFailure):
+    """The engine does not hold the trained weights, or does not compute with them."""
+
+
+def check_fresh(stale: list[str]) -> None:
+    """Raise WeightSyncError if any rank's engine has stale parameters: ranks stop together."""
+    names = list(dict.fromkeys(gather(stale)))
+    if names:
+        listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        raise WeightSyncError(
+            f"after the sync {len(names)} of vLLM's parameters differ from the trained ones "
+            f"({listed}); --backend torch samples with the trained model itself"
+        )
+
+
+def check_canary(mean: float, largest: float, dtype: torch.dtype) -> None:
+    """Raise WeightSyncError if the engine's log-probs are too far from the trainer's."""
+    limit = CANARY_LIMIT[dtype]
+    if not mean <= limit:  # NaN too
+        raise WeightSyncError(
+            f"vLLM holds the trained weights but computes with others: its canary log-probs "
+            f"differ from the trainer's by {mean:.2g} in the mean (limit {limit:g}) and by "
+            f"{largest:.2g} at most; try --enforce_eager, or --backend torch"
+        )
+
+
+@torch.no_grad()
+def trainer_logprobs(model, sequences: list[list[int]]) -> torch.Tensor:
+    """The trainer's log-probs at temperature 1 of every token but each sequence's first, one
+    sequence after the other: float32, on the CPU."""
+    ids = pad_sequence([torch.tensor(s) for s in sequences], batch_first=True).to(device_of(model))
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device=ids.device)
+    mask = torch.arange(ids.shape[1] - 1, device=ids.device) < lengths[:, None] - 1
+    hidden = hidden_states(model, ids[:, :-1], mask)
+    return head_logprobs(hidden, model, ids[:, 1:][mask], 1.0, 1024).cpu()
+
+
+def stale_parameters(engine, model, dtype: torch.dtype) -> tuple[list[str], int]:
+    """Names of the engine's parameters that are not, bit by bit, the model's in `dtype`; and how
+    many tensors of the model were compared.
+
+    It goes by the engine's own parameters, not by what the load reports: q, k and v are rows of one
+    qkv_proj, and a vocabulary may be padded. A parameter that cannot be read, since the engine has
+    packed it away, is stale.
+    """
+    trained = weight_names(model)
+    unseen = set(trained)
+    stale = []
+    for name, parameter in engine.named_parameters():
+        module = name.split(".")[-2]
+        start = 0
+        for part in getattr(engine, "packed_modules_mapping", {}).get(module, [module]):
+            part_name = name.replace(f".{module}.", f".{part}.")
+            if part_name not in trained:
+                stale.append(f"{part_name} (not in the model)")
+                continue
+            whole = whole_weight(model, part_name, dtype)
+            expected = part_of_rank(engine.get_submodule(name.rpartition(".")[0]), part, whole)
+            actual = parameter[start : start + len(expected)]
+            if not same_bits(actual, expected):
+                stale.append(part_name)
+            start += len(expected)
+            unseen.discard(part_name)
+        if start < len(parameter) and module not in ("embed_tokens", "lm_head"):
+            stale.append(f"{name} (rows beyond the model's)")
+    return stale + [f"{name} (not in vLLM)" for name in sorted(unseen)], len(trained) - len(unseen)
+
+
+def part_of_rank(module, part: str, whole: torch.Tensor) -> torch.Tensor:
+    """What a rank's engine holds of a parameter, if several ranks share an engine."""
+    if getattr(module, "tp_size", 1) == 1:
+        return whole
+    from vllm.model_executor.layers import linear
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    if isinstance(module, VocabParallelEmbedding):
+        rows = module.shard_indices
+        return whole[rows.org_vocab_start_index : rows.org_vocab_end_index]
+    if isinstance(module, linear.QKVParallelLinear) and part in ("k_proj", "v_proj"):
+        size = module.num_kv_heads * module.head_size
+        first = module.tp_rank // module.num_kv_head_replicas * size
+        return whole[first : first + size]
+    if isinstance(module, linear.RowParallelLinear):  # its weight, by columns; a bias stays whole
+        return whole.chunk(module.tp_size, 1)[module.tp_rank] if whole.dim() == 2 else whole
+    if isinstance(module, linear.ColumnParallelLinear):
+        return whole.chunk(module.tp_size)[module.tp_rank]
+    return whole
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal as bits: NaN equals itself, and 0 is not -0."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    bits = {2: torch.int16, 4: torch.int32}[a.element_size()]
+    return torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))

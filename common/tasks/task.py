@@ -1,0 +1,150 @@
+"""A task: what is asked, and what a completion of it earns. One file brings both.
+
+    --task math              the embedded one (common/tasks/math/task.py)
+    --task FILE.py           your own; docs/tasks.md says what it defines
+
+The file is imported, and its functions are called, in worker processes only.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from common.run.errors import UserError, check
+from common.run.inputs import task_path
+from common.run.ranks import on_first_of_host, on_first_rank
+from common.tasks.pool import Reply, WorkerPool
+
+OUTCOMES = ("correct", "partial", "wrong", "no_answer", "timeout", "crash")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One row of a dataset, as its task asks it."""
+
+    text: str  # the user's last message, without --instruction
+    gold: str = ""  # the right answer, as people are shown it
+    key: str = ""  # rows of one key are one problem
+    messages: tuple[dict, ...] = ()  # of the chat, with --system and --instruction
+    row: dict = field(default_factory=dict)  # what grade() gets
+    where: str = ""  # dataset and number of the row
+    warning: str | None = None
+
+    @property
+    def identity(self) -> str:
+        return f"{self.key}{json.dumps(self.row, sort_keys=True, default=str)}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`outcome` is one of OUTCOMES, `answer` what was read from the completion, if anything was;
+    `message` is a crash's."""
+
+    outcome: str
+    reward: float = 0.0  # from 0 to 1
+    answer: str | None = None
+    message: str = ""
+
+    @property
+    def correct(self) -> bool:
+        return self.outcome == "correct"
+
+
+class Task:
+    """A task file, by name or path. What is None is the task's own: timeout_s, the deadline of a
+    call in seconds, and the instruction."""
+
+    def __init__(
+        self,
+        name: str = "math",
+        timeout_s: float | None = None,
+        instruction: str | None = None,
+        system: str | None = None,
+    ):
+        self.name, self.file = name, task_path(name)
+        is_task = self.file.is_file() and self.file.suffix == ".py"
+        check(is_task, f"there is no task {name}; give math or a .py file")
+        self.pool = WorkerPool(self.file)
+        about = on_first_rank(self.pool.about)
+        self.pool.timeout_s = about["grade_timeout"] if timeout_s is None else timeout_s
+        self.columns: dict[str, Sequence[str]] = about["columns"]
+        self.datasets, self.benchmarks = about["datasets"], about["benchmarks"]
+        self.functions: list[str] = about["functions"]
+        self.instruction = about["instruction"] if instruction is None else instruction
+        self.system = system
+
+    def __enter__(self) -> "Task":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.pool.close()
+
+    def problems(self, rows: list[dict], source: str) -> list[Problem]:
+        """Rows, one at least, as problems. Raises UserError for one that prompt() cannot take."""
+        first = on_first_rank(lambda: self.pool.call("describe", [rows[:1]]))  # if it hangs, once
+        if first[0].kind != "value":
+            rows = rows[:1]
+        others = on_first_rank(lambda: self.pool.call("describe", [[row] for row in rows[1:]]))
+        replies = first + others
+        problems = []
+        for number, (row, reply) in enumerate(zip(rows, replies, strict=True), 1):
+            where = f"{source}, row {number}"
+            if reply.kind != "value":
+                said = "prompt(row) takes too long" if reply.kind == "timeout" else reply.value
+                raise UserError(f"{where}: task {self.name}: {said}")
+            *before, last = reply.value.pop("messages")
+            text = last["content"].strip()
+            asked = f"{text}\n{self.instruction}" if self.instruction else text
+            system = [{"role": "system", "content": self.system}] if self.system else []
+            messages = (*system, *before, last | {"content": asked})
+            problems.append(Problem(text, messages=messages, row=row, where=where, **reply.value))
+        tried = on_first_rank(lambda: self.pool.call("try_grade", [[rows[0]]]))[0]
+        check(tried.kind != "misuse", f"{problems[0].where}: task {self.name}: {tried.value}")
+        return problems
+
+    def keys(self, texts: Sequence[str]) -> list[str]:
+        """Of problems' texts."""
+        replies = self.pool.call("identify", [[text.strip()] for text in texts])
+        failed = [reply.value for reply in replies if reply.kind != "value"]
+        check(not failed, f"task {self.name}: key(text): {failed and failed[0]}")
+        return [reply.value for reply in replies]
+
+    def grade(self, completions: Sequence[str], problems: Sequence[Problem]) -> list[Verdict]:
+        """One verdict per completion, in order. The ranks of a machine share one pool of workers.
+        What is no reward is a crash too."""
+
+        def grade_all(pairs: list[tuple[str, dict]]) -> list[Reply]:
+            return self.pool.call("grade", pairs)
+
+        rows = [problem.row for problem in problems]
+        replies = on_first_of_host(grade_all, list(zip(completions, rows, strict=True)))
+        verdicts = [self._verdict(reply) for reply in replies]
+        self._warn(verdicts)
+        return verdicts
+
+    def _warn(self, verdicts: list[Verdict]) -> None:
+        """Of a grader that fails at most completions: nothing would be learned, and no one told."""
+        failed = [verdict for verdict in verdicts if verdict.outcome in ("timeout", "crash")]
+        if len(failed) > max(1, len(verdicts) / 2):
+            what = failed[0].message or f"no grade within {self.pool.timeout_s:g} s"
+            print(f"task {self.name}: {len(failed)} of {len(verdicts)} grades failed ({what})")
+
+    def _verdict(self, reply: Reply) -> Verdict:
+        if reply.kind == "timeout":
+            return Verdict("timeout", answer=reply.note)
+        if reply.kind != "value":
+            return Verdict("crash", answer=reply.note, message=str(reply.value))
+        if reply.value is None:
+            return Verdict("no_answer")
+        outcome = {0.0: "wrong", 1.0: "correct"}.get(reply.value, "partial")
+        return Verdict(outcome, reply.value, reply.note)
+
+    def same(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Whether two answers are one vote: equal texts, or what the task's same(a, b) says."""
+        if "same" not in self.functions:
+            return [one == other for one, other in pairs]
+        replies = self.pool.call("same", pairs)
+        failed = [reply.value for reply in replies if reply.kind == "error"]
+        if failed:
+            print(f"task {self.name}: {len(failed)} calls of same() failed ({failed[0]})")
+        return [reply.value is True for reply in replies]
