@@ -24,9 +24,7 @@ V vocabulary, D hidden size.
         --micro_batch_tokens 8192 --output_dir runs/grpo-1.7b                         # on a GPU
 """
 
-import random
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -39,14 +37,9 @@ from common.model.logprob import token_logprobs
 from common.model.lora import trained_parameters
 from common.model.shard import accumulating, clip_grad_norm, device_of
 from common.run.errors import check
-from common.run.ranks import (
-    gather,
-    join_ranks,
-    max_over_ranks,
-    sum_dicts_over_ranks,
-    sum_over_ranks,
-)
+from common.run.ranks import join_ranks, sum_dicts_over_ranks, sum_over_ranks
 from common.run.run import Run, check_training, mean, start_training
+from common.sampling.batches import micro_batches, minibatches
 from common.sampling.rollout import Rollout
 from common.sampling.sampler import Sampler
 from common.sampling.vllm_engine import resolve_backend
@@ -266,7 +259,7 @@ def loss_fn(
     `old_logprobs` None: the policy has not moved since it sampled, so the ratio is 1 (its gradient
     is not 0). Returns the weighted sum and the unweighted sums of what is logged.
     """
-    logprobs, entropy = token_logprobs(logits, tokens, args.temperature, True)
+    logprobs, entropy = token_logprobs(logits, tokens, args.temperature)
     old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
@@ -275,7 +268,7 @@ def loss_fn(
     if args.importance_cap > 0:
         loss = loss * engine_ratio.clamp(max=args.importance_cap)
     metrics = {
-        "policy/entropy": entropy.detach().sum(),
+        "policy/entropy": entropy.sum(),
         "policy/engine_ratio": engine_ratio.sum(),
         "policy/clip_fraction": (clipped * advantages < ratio * advantages).float().sum(),
     }
@@ -285,57 +278,6 @@ def loss_fn(
         loss = loss + args.kl_coef * k3
         metrics["policy/kl_ref"] = k3.detach().sum()
     return (weights * loss).sum(), metrics
-
-
-# === minibatches and micro-batches ===
-
-
-def minibatches(rollouts: list[Rollout], step: int, args: Args) -> Iterator[list[Rollout]]:
-    """This rank's part of each minibatch; the same shuffled passes at any number of ranks."""
-    rollout_of = {rollout.key: rollout for rollout in rollouts}
-    keys = sorted(gather(list(rollout_of)))
-    for epoch in range(args.num_epochs):
-        shuffled = random.Random(f"{args.seed}-{step}-{epoch}").sample(keys, len(keys))
-        for first in range(args.num_minibatches):
-            part = shuffled[first :: args.num_minibatches]
-            yield [rollout_of[key] for key in part if key in rollout_of]
-
-
-@dataclass
-class MicroBatch:
-    """B right-padded sequences with N loss tokens: the completions', EOS included, no prompt's."""
-
-    rollouts: list[Rollout]  # B
-    input_ids: torch.Tensor  # [B, T]
-    mask: torch.Tensor  # bool [B, T]: this position predicts a loss token
-    tokens: torch.Tensor  # [N]: the loss tokens
-
-
-def micro_batches(
-    rollouts: list[Rollout], max_tokens: int, device: torch.device
-) -> Iterator[MicroBatch]:
-    """Slices of like length, of at most `max_tokens` tokens with their padding, or of one sequence.
-    Masks go by length, so EOS keeps its loss where pad equals EOS.
-
-    All ranks yield equally many, for a sharded model's forward and backward need all of them: the
-    last ones of a rank may have no rollouts (B = 1, T = 1, N = 0).
-    """
-    slices: list[list[Rollout]] = []
-    for row in sorted(rollouts, key=lambda row: len(row.prompt_ids) + len(row.completion_ids)):
-        length = len(row.prompt_ids) + len(row.completion_ids) - 1  # the last predicts nothing
-        if not slices or (len(slices[-1]) + 1) * length > max_tokens:
-            slices.append([])
-        slices[-1].append(row)
-    slices += [[]] * (max_over_ranks(len(slices)) - len(slices))
-    for rows in slices:
-        inputs = [(row.prompt_ids + row.completion_ids)[:-1] for row in rows]
-        input_ids = torch.zeros(max(1, len(rows)), max(map(len, inputs), default=1)).long()
-        mask = torch.zeros(input_ids.shape, dtype=torch.bool)
-        for b, row in enumerate(rows):
-            input_ids[b, : len(inputs[b])] = torch.tensor(inputs[b])
-            mask[b, len(row.prompt_ids) - 1 : len(inputs[b])] = True
-        tokens = torch.tensor([token for row in rows for token in row.completion_ids]).long()
-        yield MicroBatch(rows, input_ids.to(device), mask.to(device), tokens.to(device))
 
 
 # === gradients ===
@@ -351,22 +293,28 @@ def backward(model, rollouts: list[Rollout], args: Args) -> dict[str, float]:
     denominator = denominator_of(rollouts, args)
     rollouts = with_gradient(rollouts, args)
     num_tokens = max(1, sum_over_ranks(sum(len(rollout.completion_ids) for rollout in rollouts)))
-    chunk_loss = partial(loss_fn, args=args)
     sums = Counter(loss=0.0)
     batches = micro_batches(rollouts, args.micro_batch_tokens, device_of(model))
     for batch in accumulating(model, batches, args):
         inputs = {
             "tokens": batch.tokens,
-            "advantages": per_token(batch, "advantage"),
-            "weights": per_token(batch, "weight"),
-            "rollout_logprobs": per_token(batch, "logprobs"),
-            "old_logprobs": per_token(batch, "old_logprobs"),
-            "ref_logprobs": per_token(batch, "ref_logprobs"),
+            "advantages": batch.per_token("advantage"),
+            "weights": batch.per_token("weight"),
+            "rollout_logprobs": batch.per_token("logprobs"),
+            "old_logprobs": batch.per_token("old_logprobs"),
+            "ref_logprobs": batch.per_token("ref_logprobs"),
         }
-        head_sums = chunked_backward(
-            model, batch.input_ids, batch.mask, chunk_loss, inputs, denominator, args.chunk_size
+        sums.update(
+            chunked_backward(
+                model,
+                batch.input_ids,
+                batch.mask,
+                partial(loss_fn, args=args),
+                inputs=inputs,
+                denominator=denominator,
+                chunk_size=args.chunk_size,
+            )
         )
-        sums.update(head_sums)
     sums = sum_dicts_over_ranks(sums)
     loss = sums.pop("loss") / denominator
     return {"loss/total": loss} | {name: value / num_tokens for name, value in sums.items()}
@@ -382,15 +330,6 @@ def denominator_of(rollouts: list[Rollout], args: Args) -> float:
 def with_gradient(rollouts: list[Rollout], args: Args) -> list[Rollout]:
     """Without a KL term an advantage of 0 has no gradient: its tokens count in Z only."""
     return [r for r in rollouts if r.weight > 0 and (r.advantage != 0 or args.kl_coef > 0)]
-
-
-def per_token(batch: MicroBatch, name: str) -> torch.Tensor | None:
-    """A number of each rollout, or a tensor [T] of one for each of its tokens -> one a loss token,
-    float32 [N]; None if they have none."""
-    pairs = [(getattr(rollout, name), len(rollout.completion_ids)) for rollout in batch.rollouts]
-    if not pairs or pairs[0][0] is None:
-        return None
-    return torch.cat([torch.as_tensor(v).expand(n) for v, n in pairs]).to(batch.tokens.device)
 
 
 # === main ===
@@ -442,7 +381,8 @@ def main(args: Args) -> None:
             # --- update ---
             run.phase("update")
             updates = []
-            for minibatch in minibatches(rollouts, step, args):
+            passes = (args.num_epochs, args.num_minibatches)
+            for minibatch in minibatches(rollouts, f"{args.seed}-{step}", *passes):
                 update = backward(model, minibatch, args)
                 grad_norm = clip_grad_norm(model, args.max_grad_norm)
                 if run.is_finite(update["loss/total"], grad_norm, minibatch):

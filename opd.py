@@ -26,29 +26,24 @@ V vocabulary, D hidden size.
         --output_dir runs/opd-1.7B                                                    # on a GPU
 """
 
-import random
+import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
-from common.model.divergence import divergence
+from common.model.distance import transfer_metrics
 from common.model.head import chunked_backward, frozen_hidden_states, head_weight
 from common.model.load import check_shapes, load_for_training, load_tokenizer, share_end_ids
-from common.model.logprob import likeliest, token_logprobs
+from common.model.logprob import LOWEST, likeliest
 from common.model.lora import trained_parameters
 from common.model.shard import accumulating, clip_grad_norm, device_of
 from common.run.errors import check
-from common.run.ranks import (
-    gather,
-    join_ranks,
-    max_over_ranks,
-    sum_dicts_over_ranks,
-    sum_over_ranks,
-)
+from common.run.ranks import join_ranks, sum_dicts_over_ranks, sum_over_ranks
 from common.run.run import Run, check_training, mean, start_training
+from common.sampling.batches import MicroBatch, micro_batches, minibatches
 from common.sampling.rollout import Rollout, load_rollouts
 from common.sampling.sampler import Sampler
 from common.sampling.vllm_engine import resolve_backend
@@ -192,7 +187,7 @@ class Args:
 # === score ===
 
 
-def teacher_hidden(teacher, batch: "MicroBatch") -> torch.Tensor:
+def teacher_hidden(teacher, batch: MicroBatch) -> torch.Tensor:
     """The teacher's hidden states [N, D_teacher] at a micro-batch's loss tokens.
 
     Not its logits: they would be [N, V]. Its head is applied chunk by chunk, beside the student's.
@@ -206,90 +201,48 @@ def teacher_hidden(teacher, batch: "MicroBatch") -> torch.Tensor:
 def loss_fn(
     logits: torch.Tensor, teacher_logits: torch.Tensor, tokens: torch.Tensor, args: Args
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The divergence summed over a slice of C tokens: both logits [C, V], tokens [C]. Returns the
-    sum and the sums of what is logged.
+    """Sum the divergence over a slice of C tokens: both logits [C, V], tokens [C]. Returns the
+    sum, and the sums of what is logged.
 
-    A vocabulary padded beyond the other model's is cut to the shorter one.
+    A vocabulary padded beyond the other model's is cut to the shorter one. Log-probs are kept
+    finite, so that a word of probability 0 adds 0 and not nan.
     """
     size = min(logits.shape[-1], teacher_logits.shape[-1])
-    logits, teacher_logits = logits[:, :size], teacher_logits[:, :size]
-    loss, metrics = divergence(args.divergence, logits, teacher_logits, args.temperature, True)
+    logp, logq = (
+        (x[:, :size].float() / args.temperature).log_softmax(-1).clamp(min=LOWEST)
+        for x in (logits, teacher_logits)
+    )
+    p, q = logp.exp(), logq.exp()
     if args.estimator == "sampled":
-        logprobs, _ = token_logprobs(logits, tokens, args.temperature, True)
-        teacher_logprobs, _ = token_logprobs(teacher_logits, tokens, args.temperature)
-        advantages = teacher_logprobs - logprobs.detach()
+        student, teacher = (x.gather(1, tokens[:, None]).squeeze(1) for x in (logp, logq))
+        advantages = (teacher - student).detach()
         # exp(x - x) is 1 with the gradient of x: the loss shown is the reverse KL's estimate.
-        loss = -advantages * (logprobs - logprobs.detach()).exp()
+        loss = -advantages * (student - student.detach()).exp()
     elif args.estimator == "topk":
-        student, teacher = top_k_buckets(logits, teacher_logits, args)
+        student, teacher = top_k_buckets(logp, logq, args.topk_size)
         loss = (student.exp() * (student - teacher)).sum(-1)
-    return loss.sum(), metrics
+    elif args.divergence == "reverse_kl":
+        loss = (p * (logp - logq)).sum(-1)
+    elif args.divergence == "forward_kl":
+        loss = (q * (logq - logp)).sum(-1)
+    else:
+        logm = torch.logaddexp(logp, logq) - math.log(2)  # of the mixture m = (p + q) / 2
+        loss = (p * (logp - logm) + q * (logq - logm)).sum(-1) / 2
+    return loss.sum(), transfer_metrics(logp.detach(), logq)
 
 
 def top_k_buckets(
-    logits: torch.Tensor, teacher_logits: torch.Tensor, args: Args
+    logp: torch.Tensor, logq: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs [C, k + 1] of student and teacher: of the student's k likeliest tokens, and of one
-    bucket of all others."""
-    k = min(args.topk_size, logits.shape[-1] - 1)  # the bucket must hold something
-    top = likeliest(logits, k).indices
-    in_top = torch.zeros_like(logits, dtype=torch.bool).scatter(1, top, True)
+    """Return the log-probs [C, k + 1] of student and teacher of the student's k likeliest tokens,
+    and of one bucket of all others."""
+    top = likeliest(logp.detach(), min(k, logp.shape[1] - 1)).indices  # the bucket holds something
+    in_top = torch.zeros_like(logp, dtype=torch.bool).scatter(1, top, True)
     buckets = []
-    for x in (logits.float() / args.temperature, teacher_logits.float() / args.temperature):
+    for x in (logp, logq):
         tail = x.masked_fill(in_top, -torch.inf).logsumexp(-1, True)
-        buckets.append(torch.cat([x.gather(1, top), tail], 1) - x.logsumexp(-1, True))
+        buckets.append(torch.cat([x.gather(1, top), tail], 1))
     return buckets[0], buckets[1]
-
-
-# === minibatches and micro-batches ===
-
-
-def minibatches(rollouts: list[Rollout], step: int, args: Args) -> Iterator[list[Rollout]]:
-    """This rank's part of each minibatch; the same shuffled passes at any number of ranks."""
-    rollout_of = {rollout.key: rollout for rollout in rollouts}
-    keys = sorted(gather(list(rollout_of)))
-    for epoch in range(args.num_epochs):
-        shuffled = random.Random(f"{args.seed}-{step}-{epoch}").sample(keys, len(keys))
-        for first in range(args.num_minibatches):
-            part = shuffled[first :: args.num_minibatches]
-            yield [rollout_of[key] for key in part if key in rollout_of]
-
-
-@dataclass
-class MicroBatch:
-    """B right-padded sequences with N loss tokens: the completions', EOS included, no prompt's."""
-
-    rollouts: list[Rollout]  # B
-    input_ids: torch.Tensor  # [B, T]
-    mask: torch.Tensor  # bool [B, T]: this position predicts a loss token
-    tokens: torch.Tensor  # [N]: the loss tokens
-
-
-def micro_batches(
-    rollouts: list[Rollout], max_tokens: int, device: torch.device
-) -> Iterator[MicroBatch]:
-    """Slices of like length, of at most `max_tokens` tokens with their padding, or of one sequence.
-    Masks go by length, so EOS keeps its loss where pad equals EOS.
-
-    All ranks yield equally many, for a sharded model's forward and backward need all of them: the
-    last ones of a rank may have no rollouts (B = 1, T = 1, N = 0).
-    """
-    slices: list[list[Rollout]] = []
-    for row in sorted(rollouts, key=lambda row: len(row.prompt_ids) + len(row.completion_ids)):
-        length = len(row.prompt_ids) + len(row.completion_ids) - 1  # the last predicts nothing
-        if not slices or (len(slices[-1]) + 1) * length > max_tokens:
-            slices.append([])
-        slices[-1].append(row)
-    slices += [[]] * (max_over_ranks(len(slices)) - len(slices))
-    for rows in slices:
-        inputs = [(row.prompt_ids + row.completion_ids)[:-1] for row in rows]
-        input_ids = torch.zeros(max(1, len(rows)), max(map(len, inputs), default=1)).long()
-        mask = torch.zeros(input_ids.shape, dtype=torch.bool)
-        for b, row in enumerate(rows):
-            input_ids[b, : len(inputs[b])] = torch.tensor(inputs[b])
-            mask[b, len(row.prompt_ids) - 1 : len(inputs[b])] = True
-        tokens = torch.tensor([token for row in rows for token in row.completion_ids]).long()
-        yield MicroBatch(rows, input_ids.to(device), mask.to(device), tokens.to(device))
 
 
 # === gradients ===
@@ -305,21 +258,21 @@ def backward(model, teacher, rollouts: list[Rollout], args: Args) -> dict[str, f
     num_tokens = max(1, sum_over_ranks(sum(len(rollout.completion_ids) for rollout in rollouts)))
     denominator = num_tokens
     teacher_head = head_weight(teacher, teacher.dtype)
-    longest = max(args.micro_batch_tokens, args.max_prompt_tokens + args.max_new_tokens)
-    room = teacher_head.new_empty(min(args.chunk_size, longest), len(teacher_head))
-
-    def chunk_loss(logits: torch.Tensor, teacher_hidden: torch.Tensor, tokens: torch.Tensor):
-        teacher_logits = torch.mm(teacher_hidden, teacher_head.T, out=room[: len(tokens)])
-        return loss_fn(logits, teacher_logits, tokens, args)
-
     sums = Counter(loss=0.0)
     batches = micro_batches(rollouts, args.micro_batch_tokens, device_of(model))
     for batch in accumulating(model, batches, args):
-        inputs = {"tokens": batch.tokens, "teacher_hidden": teacher_hidden(teacher, batch)}
-        head_sums = chunked_backward(
-            model, batch.input_ids, batch.mask, chunk_loss, inputs, denominator, args.chunk_size
+        sums.update(
+            chunked_backward(
+                model,
+                batch.input_ids,
+                batch.mask,
+                partial(loss_fn, args=args),
+                inputs={"tokens": batch.tokens},
+                teacher=(teacher_hidden(teacher, batch), teacher_head),
+                denominator=denominator,
+                chunk_size=args.chunk_size,
+            )
         )
-        sums.update(head_sums)
     sums = sum_dicts_over_ranks(sums)
     loss = sums.pop("loss") / denominator
     return {"loss/total": loss} | {name: value / num_tokens for name, value in sums.items()}
@@ -373,7 +326,8 @@ def main(args: Args) -> None:
             # --- update ---
             run.phase("update")
             updates = []
-            for minibatch in minibatches(rollouts, step, args):
+            passes = (args.num_epochs, args.num_minibatches)
+            for minibatch in minibatches(rollouts, f"{args.seed}-{step}", *passes):
                 update = backward(model, teacher, minibatch, args)
                 grad_norm = clip_grad_norm(model, args.max_grad_norm)
                 if run.is_finite(update["loss/total"], grad_norm, minibatch):

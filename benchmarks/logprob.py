@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from common.model import divergence, logprob
+from common.model import logprob
 from common.model.head import _add_product, head_backward
 from common.model.shard import DTYPES
 from common.run.process import start
@@ -90,12 +90,12 @@ def head(args: Args, device: torch.device) -> None:
     )
 
     def loss_fn(logits, tokens):
-        return -logprob.token_logprobs(logits, tokens, 1.0, True)[0].sum(), {}
+        return -logprob.token_logprobs(logits, tokens)[0].sum(), {}
 
     def chunked() -> None:
-        inputs = {"tokens": tokens}
-        leaf = hidden.clone().requires_grad_()
-        head_backward(leaf, model, loss_fn, inputs, args.tokens, args.chunk_size)
+        leaf, how = hidden.clone().requires_grad_(), {"denominator": args.tokens}
+        how |= {"inputs": {"tokens": tokens}, "chunk_size": args.chunk_size}
+        head_backward(leaf, model, loss_fn, **how)
 
     def products() -> None:
         """The same three for each chunk, and nothing else."""
@@ -125,26 +125,16 @@ def kernels(args: Args, device: torch.device) -> None:
     rows, dtype = args.chunk_size, DTYPES[args.dtype]
     logits = torch.randn(rows, args.words, device=device, dtype=dtype)
     tokens, up = torch.randint(args.words, (rows,), device=device), torch.randn(rows, device=device)
-    saved = logprob._forward_triton(logits, tokens, 1.0)
+    saved = logprob.forward_triton(logits, tokens, 1.0)
     target = torch.empty_like(logits)
     work = {
         "copy": (lambda: target.copy_(logits), 2),
-        "forward": (lambda: logprob._forward_triton(logits, tokens, 1.0), 1),
+        "forward": (lambda: logprob.forward_triton(logits, tokens, 1.0), 1),
         "backward": (
-            lambda: logprob._backward_triton(logits, tokens, *saved[1:], up, up, 1.0, target),
+            lambda: logprob.backward_triton(logits, tokens, *saved[2:], up, 1.0, target),
             2,
         ),
     }
-    teacher = torch.randn_like(logits)
-    found = divergence._forward_triton(logits, teacher, "reverse_kl", 1.0)
-    work["divergence forward"] = (
-        lambda: divergence._forward_triton(logits, teacher, "reverse_kl", 1.0),
-        2,
-    )
-    work["divergence backward"] = (
-        lambda: divergence._backward_triton(logits, teacher, found, up, "reverse_kl", 1.0, target),
-        3,
-    )
     index = tokens[:, None]
     work["log_softmax + gather"] = (lambda: logits.float().log_softmax(-1).gather(-1, index), 1)
     if find_spec("liger_kernel"):  # forward and gradient in one, over the logits

@@ -37,7 +37,7 @@ def test_micro_batches_count_as_their_sequences(model):
     frozen_hidden_states(model, input_ids, mask)
     frozen_hidden_states(model, torch.zeros(1, 1).long(), torch.zeros(1, 1, dtype=torch.bool))
     assert flops.take("policy") == forward_flops(model, lengths)
-    chunked_backward(model, input_ids, mask, loss, {}, 1.0, 4)
+    chunked_backward(model, input_ids, mask, loss, inputs={}, denominator=1.0, chunk_size=4)
     assert flops.take("policy") == 3 * forward_flops(model, lengths)
     assert flops.take("policy") == flops.take("teacher") == 0.0
 

@@ -11,6 +11,7 @@ import grpo
 import opd
 from common.model.head import head_backward
 from common.model.logprob import token_logprobs
+from common.sampling.batches import micro_batches
 from common.sampling.rollout import Rollout
 from common.tasks.task import Verdict
 
@@ -48,7 +49,7 @@ def test_token_logprobs_and_entropy(temperature):
 def test_token_logprobs_survive_extremes():
     logits = torch.tensor([[1e4, -1e4, 0.0], [0.0, -torch.inf, 0.0]], requires_grad=True)
     logprobs, entropy = token_logprobs(logits, torch.tensor([0, 2]))
-    (logprobs.sum() + entropy.sum()).backward()
+    logprobs.sum().backward()
     assert logprobs.tolist() == pytest.approx([0.0, -math.log(2)])
     assert entropy.tolist() == pytest.approx([0.0, math.log(2)])
     assert not logits.grad.isnan().any()
@@ -425,7 +426,7 @@ def test_dense_backward(model, teacher, rollouts, module, changes):
     args = module.Args(chunk_size=4, micro_batch_tokens=60, **changes)
     total = module.backward(model, teacher, rollouts, args)["loss/total"]
     actual = gradients(model)
-    (batch,) = module.micro_batches(rollouts, 10**6, torch.device("cpu"))
+    (batch,) = micro_batches(rollouts, 10**6, torch.device("cpu"))
     logits, teacher_logits = (m(batch.input_ids).logits[batch.mask] for m in (model, teacher))
     loss_sum, _ = module.loss_fn(logits, teacher_logits.detach(), batch.tokens, args)
     check_against_plain(model, loss_sum, len(batch.tokens), total, actual)
@@ -442,10 +443,10 @@ def test_grpo_backward(model, teacher, rollouts, loss_agg):
         rollout.old_logprobs = rollout.logprobs + 0.1 * torch.randn(len(rollout.logprobs))
     total = grpo.backward(model, rollouts, args)["loss/total"]
     actual = gradients(model)
-    (batch,) = grpo.micro_batches(rollouts, 10**6, torch.device("cpu"))
+    (batch,) = micro_batches(rollouts, 10**6, torch.device("cpu"))
     names = ("advantage", "weight", "logprobs", "old_logprobs", "ref_logprobs")
     logits, inputs = model(batch.input_ids).logits[batch.mask], [batch.tokens]
-    inputs += [grpo.per_token(batch, name) for name in names]
+    inputs += [batch.per_token(name) for name in names]
     loss_sum, _ = grpo.loss_fn(logits, *inputs, args)
     check_against_plain(model, loss_sum, grpo.denominator_of(rollouts, args), total, actual)
 
@@ -468,7 +469,9 @@ def test_every_row_of_the_head_buffer_is_added_to_not_replaced():
 
     for _ in range(2):
         leaf = hidden.clone().requires_grad_()
-        head_backward(leaf * 1, model, loss_fn, {"tokens": TOKENS}, 1.0, 3)
+        head_backward(
+            leaf * 1, model, loss_fn, inputs={"tokens": TOKENS}, denominator=1.0, chunk_size=3
+        )
     once = Head()
     once.load_state_dict(model.state_dict())
     (-token_logprobs(once.head(hidden), TOKENS)[0].sum()).backward()
@@ -478,10 +481,9 @@ def test_every_row_of_the_head_buffer_is_added_to_not_replaced():
 # === which tokens are in the loss ===
 
 
-@pytest.mark.parametrize("module", [grpo, opd, fkl_warmup])
-def test_the_loss_tokens_are_the_completions(rollouts, module):
+def test_the_loss_tokens_are_the_completions(rollouts):
     """EOS included, nothing of a prompt, each predicted from the position before it."""
-    batches = list(module.micro_batches(rollouts, 60, torch.device("cpu")))
+    batches = list(micro_batches(rollouts, 60, torch.device("cpu")))
     assert sum(len(batch.rollouts) for batch in batches) == len(rollouts)
     for batch in batches:
         expected = [token for rollout in batch.rollouts for token in rollout.completion_ids]
@@ -493,20 +495,19 @@ def test_the_loss_tokens_are_the_completions(rollouts, module):
             assert [sequence[t + 1] for t in positions] == rollout.completion_ids
             assert batch.input_ids[b, : len(sequence) - 1].tolist() == sequence[:-1]
             rollout.advantage = float(b)
-        assert grpo.per_token(batch, "advantage").tolist() == [
+        assert batch.per_token("advantage").tolist() == [
             float(i) for i, rollout in enumerate(batch.rollouts) for _ in rollout.completion_ids
         ]
         sampled = torch.cat([rollout.logprobs for rollout in batch.rollouts])
-        assert grpo.per_token(batch, "logprobs").equal(sampled)
-        assert grpo.per_token(batch, "old_logprobs") is None
+        assert batch.per_token("logprobs").equal(sampled)
+        assert batch.per_token("old_logprobs") is None
 
 
-@pytest.mark.parametrize("module", [grpo, opd, fkl_warmup])
-def test_micro_batches_hold_no_more_tokens_than_they_may(rollouts, module):
+def test_micro_batches_hold_no_more_tokens_than_they_may(rollouts):
     """Short sequences share one; one that is too long goes alone."""
     lengths = [len(r.prompt_ids) + len(r.completion_ids) - 1 for r in rollouts]
     for most in (1, 20, 60, 150, 10**6):
-        batches = list(module.micro_batches(rollouts, most, torch.device("cpu")))
+        batches = list(micro_batches(rollouts, most, torch.device("cpu")))
         assert sorted(id(r) for b in batches for r in b.rollouts) == sorted(map(id, rollouts))
         for batch, following in zip(batches, [*batches[1:], None], strict=True):
             count, longest = batch.input_ids.shape
@@ -519,13 +520,12 @@ def test_micro_batches_hold_no_more_tokens_than_they_may(rollouts, module):
     assert batches[0].input_ids.shape == (len(rollouts), max(lengths))
 
 
-@pytest.mark.parametrize("module", [grpo, opd, fkl_warmup])
-def test_eos_keeps_its_loss_where_pad_is_eos(rollouts, tokenizer, module):
+def test_eos_keeps_its_loss_where_pad_is_eos(rollouts, tokenizer):
     """Masking by `token != pad` would drop these, and the model would forget how to stop."""
     eos = tokenizer.eos_token_id
     for rollout in rollouts:
         rollout.completion_ids[-1] = eos
-    batches = list(module.micro_batches(rollouts, 150, torch.device("cpu")))
+    batches = list(micro_batches(rollouts, 150, torch.device("cpu")))
     assert sum(int((batch.tokens == eos).sum()) for batch in batches) >= len(rollouts)
 
 
@@ -568,7 +568,7 @@ class Model:
 
 def loss_fn(logits, tokens):
     logprobs, entropy = token_logprobs(logits, tokens)
-    return (-logprobs + 0.1 * entropy).sum(), {"entropy": entropy.detach().sum()}
+    return -logprobs.sum(), {"entropy": entropy.sum()}
 
 generator = torch.Generator().manual_seed(0)
 weight = torch.randn(101, 8, generator=generator)
@@ -576,11 +576,13 @@ hidden = [torch.randn(n, 8, generator=generator) for n in (30, 7)]  # 8 chunks a
 tokens = [torch.randint(101, (len(h),), generator=generator) for h in hidden]
 plain = Model(weight.clone())
 for h, t in zip(hidden, tokens):
-    head_backward(h.clone().requires_grad_(), plain, loss_fn, {"tokens": t}, 37.0, 4)
+    leaf, how = h.clone().requires_grad_(), {"inputs": {"tokens": t}, "chunk_size": 4}
+    head_backward(leaf, plain, loss_fn, denominator=37.0, **how)
 sharded = Model(distribute_tensor(weight.clone(), mesh, [Shard(0)]))
 mine = hidden[rank].clone().requires_grad_()
 for _ in range(2):  # a second micro-batch adds to the first
-    head_backward(mine, sharded, loss_fn, {"tokens": tokens[rank]}, 74.0, 4)
+    how = {"inputs": {"tokens": tokens[rank]}, "chunk_size": 4}
+    head_backward(mine, sharded, loss_fn, denominator=74.0, **how)
 torch.testing.assert_close(sharded.weight.grad.full_tensor(), plain.weight.grad)
 torch.testing.assert_close(
     head_logprobs(hidden[rank], sharded, tokens[rank], 1.0, 4),

@@ -254,7 +254,7 @@ def test_partly_right_completions_do_not_teach_where_right_ones_are_asked_for(
     (tmp_path / "half.py").write_text(code)
     learnt = []
 
-    def minibatches(rollouts, step, args):
+    def minibatches(rollouts, *passes):
         learnt.extend(rollouts)
         yield rollouts
 

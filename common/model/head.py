@@ -9,9 +9,11 @@ from collections.abc import Callable
 import torch
 
 from common.model import flops
-from common.model.logprob import token_logprobs
+from common.model.logprob import row_slices, token_logprobs
 from common.model.shard import full_weight
 from common.run.lazy import dtensor
+
+Loss = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 def hidden_states(model, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -49,47 +51,47 @@ def head_logprobs(
     hidden: torch.Tensor, model, tokens: torch.Tensor, temperature: float, chunk_size: int
 ) -> torch.Tensor:
     """Log-probs of tokens [N] from hidden states [N, D], in chunks and without gradient -> [N]."""
-    weight = head_weight(model, hidden.dtype)
-    if len(hidden) == 0:
-        return hidden.new_empty(0, dtype=torch.float32)
-    chunks = zip(hidden.split(chunk_size), tokens.split(chunk_size), strict=True)
-    return torch.cat([token_logprobs(h @ weight.T, t, temperature)[0] for h, t in chunks])
+    weight, logprobs = head_weight(model, hidden.dtype), hidden.new_empty(len(hidden)).float()
+    for first in range(0, len(hidden), chunk_size):
+        chunk = slice(first, first + chunk_size)
+        logits, of_chunk = hidden[chunk] @ weight.T, logprobs[chunk]
+        for rows in row_slices(logits):
+            of_chunk[rows] = token_logprobs(logits[rows], tokens[chunk][rows], temperature)[0]
+    return logprobs
 
 
 def chunked_backward(
-    model,
-    input_ids: torch.Tensor,
-    mask: torch.Tensor,
-    loss_fn: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]],
-    inputs: dict[str, torch.Tensor | None],
-    denominator: float,
-    chunk_size: int,
+    model, input_ids: torch.Tensor, mask: torch.Tensor, loss_fn: Loss, **how
 ) -> dict[str, float]:
-    """What `(loss_fn(model(input_ids).logits[mask], **inputs)[0] / denominator).backward()` does,
-    in chunks of the head; see head_backward. Shapes: hidden_states'."""
+    """Do what `(loss_fn(model(input_ids).logits[mask], ...)[0] / denominator).backward()` does, in
+    chunks of the head. Shapes: hidden_states'; the other arguments: head_backward's."""
     flops.count_forward(model, mask, backward=True)
-    hidden = hidden_states(model, input_ids, mask)
-    return head_backward(hidden, model, loss_fn, inputs, denominator, chunk_size)
+    return head_backward(hidden_states(model, input_ids, mask), model, loss_fn, **how)
 
 
 def head_backward(
     hidden: torch.Tensor,
     model,
-    loss_fn: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]],
+    loss_fn: Loss,
+    *,
     inputs: dict[str, torch.Tensor | None],
     denominator: float,
     chunk_size: int,
+    teacher: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> dict[str, float]:
-    """Add the gradients of (loss_fn summed over all chunks) / denominator to every .grad.
+    """Add the gradients of (loss_fn summed over all N tokens) / denominator to every .grad.
 
-    Calls `loss_fn(logits [C, V], **inputs)` with the chunk's slice of each input [N, ...]; it
+    The head multiplies a chunk of hidden states [C, D]. `loss_fn(logits, **inputs)` is called on
+    slices of its rows that fit a processor's cache, with the same slice of each input [N, ...]; it
     returns the *sum* of the loss over these tokens and metrics that are such sums too, so that
-    nothing depends on the chunk size. Returns the summed metrics, and the summed loss as "loss".
+    nothing depends on the sizes. teacher: hidden states [N, D'] and a head [V', D'] whose logits
+    loss_fn gets as `teacher_logits`. Returns the summed metrics, and the summed loss as "loss".
 
-    Memory beyond the body's: one chunk's tensors, the hidden gradient [N, D], and the head's .grad,
-    which is added to in place (a fresh [V, D] for each chunk would cost more than is saved). Of a
-    sharded head (FSDP2) the whole is gathered before the loop and its gradient, summed over ranks,
-    scattered after it: the loop itself has no collective. A frozen head gets no gradient.
+    Memory beyond the body's: one chunk's logits, over which their gradient is written, the hidden
+    gradient [N, D], and the head's .grad, which is added to in place (a fresh [V, D] for each chunk
+    would cost more than is saved). Of a sharded head (FSDP2) the whole is gathered before the loop
+    and its gradient, summed over ranks, scattered after it: the loop has no collective. A frozen
+    head gets no gradient.
     """
     weight, compute_weight = model.get_output_embeddings().weight, head_weight(model, hidden.dtype)
     trained, sharded = weight.requires_grad, isinstance(weight, dtensor.DTensor)
@@ -98,22 +100,29 @@ def head_backward(
             weight.grad = torch.zeros_like(weight)
         total = torch.zeros_like(compute_weight, dtype=weight.dtype) if sharded else weight.grad
     leaf, hidden_grad = hidden.detach(), torch.empty_like(hidden)
-    # Every chunk's logits in turn.
-    room = leaf.new_empty(min(chunk_size, len(leaf)), len(compute_weight))
+    size = min(chunk_size, len(leaf))
+    buffers = [leaf.new_empty(size, len(compute_weight))]  # every chunk's logits in turn
+    if teacher:
+        buffers.append(teacher[0].new_empty(size, len(teacher[1])))
     sums: dict[str, torch.Tensor] = {}
     for first in range(0, len(hidden), chunk_size):
         chunk = slice(first, first + chunk_size)
-        logits = torch.mm(leaf[chunk], compute_weight.T, out=room[: len(leaf[chunk])])
-        logits = logits.detach().requires_grad_()
-        sliced = {k: None if v is None else v[chunk] for k, v in inputs.items()}
-        loss_sum, metrics = loss_fn(logits, **sliced)
-        (logits_grad,) = torch.autograd.grad(loss_sum / denominator, logits)
-        hidden_grad[chunk] = logits_grad @ compute_weight
+        of_chunk = {name: None if v is None else v[chunk] for name, v in inputs.items()}
+        logits = _logits(leaf[chunk], compute_weight, buffers[0])
+        if teacher:
+            of_chunk["teacher_logits"] = _logits(teacher[0][chunk], teacher[1], buffers[1])
+        for rows in row_slices(logits):
+            part = logits[rows].detach().requires_grad_()
+            of_rows = {name: None if v is None else v[rows] for name, v in of_chunk.items()}
+            loss_sum, metrics = loss_fn(part, **of_rows)
+            (gradient,) = torch.autograd.grad(loss_sum / denominator, part)
+            logits[rows] = gradient
+            for name, value in {"loss": loss_sum.detach(), **metrics}.items():
+                sums[name] = sums.get(name, 0.0) + value.double()
+            del part, gradient, loss_sum, metrics  # else they would stand beside the next ones
+        hidden_grad[chunk] = logits @ compute_weight
         if trained:
-            _add_product(total, logits_grad, leaf[chunk])
-        for name, value in {"loss": loss_sum.detach(), **metrics}.items():
-            sums[name] = sums.get(name, 0.0) + value.double()
-        del logits, logits_grad, loss_sum  # else they would stand beside the next chunk's
+            _add_product(total, logits, leaf[chunk])
     if trained and sharded:
         mesh = weight.device_mesh
         partial = dtensor.DTensor.from_local(
@@ -126,6 +135,10 @@ def head_backward(
     hidden.backward(hidden_grad)
     # Read once: to read a number of a GPU waits for all that it was given to do.
     return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True)) if sums else {}
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    return torch.mm(hidden, weight.T, out=buffer[: len(hidden)])
 
 
 def _add_product(total: torch.Tensor, logits_grad: torch.Tensor, hidden: torch.Tensor) -> None:

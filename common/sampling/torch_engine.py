@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from common.model.load import end_ids
-from common.model.logprob import likeliest, row_blocks
+from common.model.logprob import likeliest, row_slices
 from common.model.shard import device_of, gathered
 from common.run.lazy import decoding, transformers
 from common.sampling.rollout import Rollout
@@ -31,7 +31,7 @@ def draw(
     """
     tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
     logprobs = torch.empty(len(logits), device=logits.device)
-    for rows in [slice(None)] if logits.is_cuda else row_blocks(logits):
+    for rows in row_slices(logits):
         x = logits[rows].float() / (temperature or 1.0)
         x = x.sub_(x.amax(-1, keepdim=True))
         weights = x.exp()

@@ -1,0 +1,26 @@
+"""The distance of a student's next-token distributions from its teacher's, for the log."""
+
+import torch
+
+from common.model.logprob import likeliest
+
+
+@torch.no_grad()
+def transfer_metrics(logp: torch.Tensor, logq: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sums over C tokens of what tells a healthy transfer from a failing one, in nats.
+
+    logp, logq: finite log-probs [C, V] of the student and of the teacher. The KL to the teacher
+    both ways, the student's entropy and its gap to the teacher's, and the share of the teacher's
+    16 likeliest tokens that are among the student's 16.
+    """
+    p, q, log_ratio = logp.exp(), logq.exp(), logp - logq
+    entropy, teacher_entropy = -torch.linalg.vecdot(p, logp), -torch.linalg.vecdot(q, logq)
+    top, teacher_top = (likeliest(x, min(16, x.shape[1])).indices for x in (logp, logq))
+    shared = (teacher_top[:, :, None] == top[:, None]).any(-1)  # [C, 16]
+    return {
+        "policy/entropy": entropy.sum(),
+        "policy/entropy_gap": (entropy - teacher_entropy).sum(),
+        "policy/reverse_kl": torch.linalg.vecdot(p, log_ratio).sum(),
+        "policy/forward_kl": -torch.linalg.vecdot(q, log_ratio).sum(),
+        "policy/topk_overlap": shared.float().mean(-1).sum(),
+    }
