@@ -30,10 +30,10 @@ paper_results.
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from common.run.errors import check
-from common.run.process import check_ranges, start
+from common.run.process import POSITIVE, check_ranges, start
 from workflow.budget import print_budget
 from workflow.machine import FIT_HEADER, check_fit, find_machine
 from workflow.presets import fill_in, preset_of
@@ -55,7 +55,7 @@ class Args:
     """what to run and compare (listed above); paper: those that it reports for this teacher"""
     seeds: tuple[int, ...] = (0,)
     """every trained stage is repeated with each"""
-    jobs: int = 1
+    jobs: Annotated[int, POSITIVE] = 1
     """stages that run at the same time, each with its share of the CPU's threads"""
     dry_run: bool = False
     """print every command and setting, run nothing"""
@@ -63,8 +63,6 @@ class Args:
     """run nothing; write the report of stages that are finished"""
     task: str | None = None
     """what is asked and what earns a reward; default: math, else a .py file (docs/tasks.md)"""
-    grade_timeout: float | None = None
-    """seconds in which a completion is graded, or gets no reward; default: the task's own, or 2"""
     dataset: str | None = None
     """training problems; default: the task's first, or DAPO-Math-17k for math on other models"""
     benchmarks: tuple[str, ...] | None = None
@@ -77,9 +75,9 @@ class Args:
     """where every stage runs"""
     backend: Literal["auto", "torch", "vllm"] = "auto"
     """what samples: transformers or vLLM; auto takes vLLM on a GPU"""
-    nproc_per_node: int | None = None
+    nproc_per_node: Annotated[int | None, POSITIVE] = None
     """ranks on this machine; default: as many as there are GPUs, or 1"""
-    nnodes: int = 1
+    nnodes: Annotated[int, POSITIVE] = 1
     """machines with a shared folder, each of which runs this command with its own --node_rank"""
     node_rank: int = 0
     """number of this machine: 0 also writes the report"""
@@ -87,56 +85,52 @@ class Args:
     """address of machine 0, if there are several"""
     master_port: int = 29500
     """a free port of machine 0"""
-    gpu_memory_gb: float | None = None
+    gpu_memory_gb: Annotated[float | None, POSITIVE] = None
     """of each GPU; default: what is there (set it to plan for other machines with --dry_run)"""
-    host_memory_gb: float | None = None
+    host_memory_gb: Annotated[float | None, POSITIVE] = None
     """of this machine; default: what is there"""
 
     tokens_per_second: tuple[float, float] | None = None
     """what a GPU samples of teacher and of student, for hours in the budget (with the next two)"""
-    gpu_tflops: float | None = None
+    gpu_tflops: Annotated[float | None, POSITIVE] = None
     """what a GPU can do at most"""
-    mfu: float | None = None
+    mfu: Annotated[float | None, POSITIVE] = None
     """the share of it that updates use"""
 
     preset: str | None = None
     """a JSON file of settings, laid over those that fit the teacher (workflow/presets.py)"""
-    num_steps: int | None = None
+    num_steps: Annotated[int | None, POSITIVE] = None
     """instead of the preset's, in every training stage (as the next five)"""
-    prompts_per_step: int | None = None
+    prompts_per_step: Annotated[int | None, POSITIVE] = None
     """prompts per step"""
-    group_size: int | None = None
+    group_size: Annotated[int | None, POSITIVE] = None
     """completions per prompt"""
-    micro_batch_tokens: int | None = None
+    micro_batch_tokens: Annotated[int | None, POSITIVE] = None
     """tokens per forward and backward, padding included"""
-    learning_rate: float | None = None
+    learning_rate: Annotated[float | None, POSITIVE] = None
     """AdamW's peak rate"""
-    num_minibatches: int | None = None
+    num_minibatches: Annotated[int | None, POSITIVE] = None
     """optimizer steps per pass over a step's rollouts"""
-    teacher_lora_rank: int | None = None
+    teacher_lora_rank: Annotated[int | None, POSITIVE] = None
     """train the teacher as adapters of this rank (LoRA), at 10 times the preset's rate"""
-    student_lora_rank: int | None = None
+    student_lora_rank: Annotated[int | None, POSITIVE] = None
     """the same for the student; OPD at 2 times the preset's rate"""
-    max_prompt_tokens: int | None = None
+    max_prompt_tokens: Annotated[int | None, POSITIVE] = None
     """instead of the preset's, in every stage (as the next three)"""
-    max_new_tokens: int | None = None
+    max_new_tokens: Annotated[int | None, POSITIVE] = None
     """longest completion"""
     dtype: Literal["float32", "bfloat16"] | None = None
     """compute type"""
-    tensor_parallel: int | None = None
+    tensor_parallel: Annotated[int | None, POSITIVE] = None
     """GPUs that share one vLLM; default: as many as its model needs"""
-    system: str | None = None
-    """a system message before each prompt"""
-    instruction: str | None = None
-    """what is put behind each problem; default: the task's own"""
     chat_template: str | None = None
     """a .jinja file, or a model whose chat template is used; default: each model's own, or for a
     student without one the teacher's in every stage"""
-    vllm_gpu_memory: float | None = None
+    vllm_gpu_memory: Annotated[float | None, POSITIVE] = None
     """share of the GPU's memory that vLLM may take while it samples"""
-    num_samples: int | None = None
+    num_samples: Annotated[int | None, POSITIVE] = None
     """instead of the preset's, in the evaluations: completions per problem"""
-    num_problems: int | None = None
+    num_problems: Annotated[int | None, POSITIVE] = None
     """take the first problems of each benchmark only"""
 
 

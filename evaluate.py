@@ -11,8 +11,8 @@ Right is a reward of at least --pass_threshold. A task that reads no answers has
 Samples of one problem are not independent, so intervals go by how much problems differ: more
 samples a problem cannot shrink them to nothing, and 0 of 30 right is no certainty.
 
-A run that was cut off goes on where it stopped. OUTPUT_DIR gets results.json, every completion in
-samples/*.jsonl, and samples.html, where a person reads them with their verdicts.
+A run that was cut off goes on where it stopped. OUTPUT_DIR gets results.json, and every completion
+with its verdict in samples/*.jsonl.
 
     python evaluate.py                                                # the raw toy teacher
     python evaluate.py --model runs/grpo/final --benchmarks toy mine.jsonl --output_dir runs/eval
@@ -26,22 +26,27 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from tqdm import tqdm
 
-from common.model.load import check_shapes, load_model, load_tokenizer
+from common.model.load import check_shapes, load_model
 from common.model.shard import DTYPES
-from common.run.atomic_files import write_atomic, write_json, write_jsonl, writing
+from common.model.tokenizer import load_tokenizer
 from common.run.errors import check
-from common.run.folder import claim_folder, lock_folder
+from common.run.folder import (
+    claim_folder,
+    lock_folder,
+    write_json,
+    write_jsonl,
+    writing,
+)
 from common.run.inputs import inputs_of, model_path
-from common.run.process import check_ranges, start
+from common.run.process import DATA, MAY_CHANGE, MODEL, NOT_NEGATIVE, POSITIVE, check_ranges, start
 from common.run.ranks import gather, join_ranks, on_first_rank, rank
 from common.sampling.rollout import Rollout, rollout_metrics
 from common.sampling.sampler import sample_and_verify
-from common.sampling.samples_page import samples_page
 from common.sampling.torch_engine import TorchEngine
 from common.sampling.vllm_engine import VLLMEngine, resolve_backend
 from common.statistics import difference_interval, interval, pass_at
@@ -52,15 +57,15 @@ from common.tasks.task import Task
 @dataclass
 class Args:
     # --- experiment ---
-    output_dir: str = "runs/evaluate"
-    """where results.json, samples/ and samples.html are written"""
+    output_dir: Annotated[str, MAY_CHANGE] = "runs/evaluate"
+    """where results.json and samples/ are written"""
     compare: tuple[str, str] | None = None
     """two finished output folders: print their paired differences and sample nothing"""
-    seed: int = 0
+    seed: Annotated[int, NOT_NEGATIVE] = 0
     """seed of every sample"""
 
     # --- model ---
-    model: str = "toy/teacher"
+    model: Annotated[str, MODEL] = "toy/teacher"
     """a local folder or a hub id"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where it runs; auto takes a GPU if there is one"""
@@ -70,44 +75,38 @@ class Args:
     # --- data ---
     task: str = "math"
     """what is asked and how it is graded: math, or a .py file (docs/tasks.md)"""
-    grade_timeout: float | None = None
-    """seconds in which a completion is graded, or gets no reward; default: the task's own, or 2"""
-    benchmarks: tuple[str, ...] | None = None
+    benchmarks: Annotated[tuple[str, ...] | None, DATA] = None
     """names that the task knows (math: toy, math500, aime24, aime25, amc23, gsm8k), hub ids, .jsonl
     or .parquet files; default: the task's first"""
-    num_problems: int | None = None
+    num_problems: Annotated[int | None, POSITIVE] = None
     """take the first problems of each benchmark only"""
-    max_prompt_tokens: int = 128
+    max_prompt_tokens: Annotated[int, POSITIVE] = 128
     """longer prompts are an error: a benchmark without its long problems is another benchmark"""
     thinking: bool = False
     """thinking mode of the chat template"""
-    system: str | None = None
-    """a system message before each prompt"""
-    instruction: str | None = None
-    """what is put behind each problem; default: the task's own"""
-    chat_template: str | None = None
+    chat_template: Annotated[str | None, DATA] = None
     """a .jinja file, or a model whose chat template is used; default: the model's own"""
 
     # --- sampling ---
-    num_samples: int = 16
+    num_samples: Annotated[int, POSITIVE] = 16
     """k: completions per problem"""
     pass_threshold: float = 1.0
     """pass@j counts samples of at least this reward"""
-    max_new_tokens: int = 64
+    max_new_tokens: Annotated[int, POSITIVE] = 64
     """longest completion"""
-    temperature: float = 1.0
+    temperature: Annotated[float, NOT_NEGATIVE] = 1.0
     """sampling temperature; 0 is greedy"""
     top_p: float = 1.0
     """nucleus sampling; 1 is off"""
-    top_k: int = 0
+    top_k: Annotated[int, NOT_NEGATIVE] = 0
     """keep the k likeliest tokens; 0 is off"""
     backend: Literal["auto", "torch", "vllm"] = "auto"
     """what samples: transformers or vLLM; auto takes vLLM on a GPU"""
-    vllm_gpu_memory: float = 0.4
+    vllm_gpu_memory: Annotated[float, POSITIVE, MAY_CHANGE] = 0.4
     """share of the GPU's memory that vLLM may take"""
-    enforce_eager: bool = False
+    enforce_eager: Annotated[bool, MAY_CHANGE] = False
     """vLLM without compilation and CUDA graphs: starts faster, samples slower"""
-    tensor_parallel: int = 1
+    tensor_parallel: Annotated[int, POSITIVE, MAY_CHANGE] = 1
     """ranks in a row that share one vLLM, for models that do not fit one GPU"""
 
 
@@ -250,17 +249,20 @@ def compare(folders: tuple[str, str]) -> None:
 def sample_benchmark(
     engine, task: Task, prompts: list[data.Prompt], args: Args, seed: tuple, path: Path
 ) -> list[Rollout]:
-    """k graded completions per prompt. Each batch is added to `path`; what is there already from a
-    run that was cut off is not sampled again, and the rest comes out as it would have."""
+    """Sample k graded completions per prompt. Each batch is added to `path`; what is there already
+    from a run that was cut off is not sampled again, and the rest comes out as it would have."""
     per_batch = max(1, engine.batch_size // args.num_samples)
+    sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    sampling |= {"top_p": args.top_p, "top_k": args.top_k}
     rows = on_first_rank(lambda: kept_rows(path, len(prompts), per_batch, args.num_samples))
     done = len(rows) // args.num_samples
     count = {"total": len(prompts), "initial": done}
     with tqdm(desc=f"evaluate {path.stem}", disable=rank() > 0, **count) as bar:
         for first in range(done, len(prompts), per_batch):
             batch = prompts[first : first + per_batch]
-            batch_seed = (*seed, first)
-            sampled = sample_and_verify(engine, task, batch, args.num_samples, args, batch_seed)
+            sampled = sample_and_verify(
+                engine, task, batch, args.num_samples, seed=(*seed, first), **sampling
+            )
             new_rows = gather([rollout.row() for rollout in sampled])
             with writing(path.parent):
                 on_first_rank(lambda new_rows=new_rows: append_rows(path, new_rows))
@@ -298,11 +300,11 @@ def main(args: Args) -> None:
         compare(args.compare)
         return
     check_args(args)
-    device = join_ranks(args)
+    device = join_ranks(args.device)
     backend = resolve_backend(args, device)
-    check_shapes(args, args.model)
+    check_shapes(args.model, length=args.max_prompt_tokens + args.max_new_tokens)
     tokenizer = load_tokenizer(args.model, chat_template=args.chat_template)
-    task = Task(args.task, args.grade_timeout, args.instruction, args.system)
+    task = Task(args.task)
     names = args.benchmarks or (data.default_of(task, "benchmarks"),)
     prompts = {name: benchmark_prompts(task, name, tokenizer, args) for name in names}
     config = {"script": "evaluate", **vars(args), **on_first_rank(lambda: inputs_of(args))}
@@ -310,36 +312,42 @@ def main(args: Args) -> None:
     config["fingerprints"] = {n: data.fingerprint(tokenizer, p, args) for n, p in prompts.items()}
     folder = Path(args.output_dir)
     if rank() == 0:
-        claim_folder(folder, config)
+        claim_folder(folder, config, Args)
         _lock = lock_folder(folder)
         (folder / "samples").mkdir(exist_ok=True)
     if on_first_rank((folder / "results.json").exists):
         print(f"{folder}/results.json is there already")
         return
     if backend == "vllm":
-        engine = VLLMEngine(model_path(args.model), tokenizer, args)
+        engine = VLLMEngine(
+            model_path(args.model),
+            tokenizer,
+            dtype=args.dtype,
+            max_length=args.max_prompt_tokens + args.max_new_tokens,
+            gpu_memory=args.vllm_gpu_memory,
+            enforce_eager=args.enforce_eager,
+            tensor_parallel=args.tensor_parallel,
+        )
     else:
         model = load_model(args.model, args.dtype, device)
         engine = TorchEngine(model, tokenizer, DTYPES[args.dtype])
-    results, samples, k = {}, {}, args.num_samples
+    results, k = {}, args.num_samples
     with task:
         for number, (name, asked) in enumerate(prompts.items()):
             path = folder / "samples" / f"{Path(name).stem}.jsonl"
             sampled = sample_benchmark(engine, task, asked, args, (args.seed, number), path)
             votes = on_first_rank(lambda rows=sampled: majority_votes(task, rows, k))
             results[name] = summarise(sampled, votes, k, args.pass_threshold)
-            samples[name] = sampled
             print(describe(name, results[name]))
     if rank() == 0:
         with writing(folder):
-            write_atomic(folder / "samples.html", samples_page(args.model, samples, k))
             settings = {k: v for k, v in vars(args).items() if k not in MAY_DIFFER}
             saved = {"model": args.model, "args": settings, "benchmarks": results}
             write_json(folder / "results.json", saved)
 
 
 def check_args(args: Args) -> None:
-    check_ranges(args, zero_allowed=("temperature",))
+    check_ranges(args)
     check(0 < args.top_p <= 1, f"--top_p is {args.top_p}; it must be above 0 and at most 1")
     check(args.benchmarks != (), "--benchmarks needs a value, for example toy or math500")
     check(args.pass_threshold <= 1, f"--pass_threshold is {args.pass_threshold}; rewards end at 1")

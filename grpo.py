@@ -27,18 +27,20 @@ V vocabulary, D hidden size.
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
 from common.model.head import chunked_backward, frozen_hidden_states, head_logprobs
-from common.model.load import check_shapes, load_for_training, load_reference, load_tokenizer
+from common.model.load import check_shapes, load_for_training, load_reference
 from common.model.logprob import token_logprobs
 from common.model.lora import trained_parameters
-from common.model.shard import accumulating, clip_grad_norm, device_of
+from common.model.shard import clip_grad_norm, device_of
+from common.model.tokenizer import load_tokenizer
 from common.run.errors import check
+from common.run.process import DATA, MAY_CHANGE, MODEL, NOT_NEGATIVE, POSITIVE, start
 from common.run.ranks import join_ranks, sum_dicts_over_ranks, sum_over_ranks
-from common.run.run import Run, check_training, mean, start_training
+from common.run.run import Run, check_training, mean
 from common.sampling.batches import micro_batches, minibatches
 from common.sampling.rollout import Rollout
 from common.sampling.sampler import Sampler
@@ -52,135 +54,117 @@ from common.tasks.task import Task
 @dataclass
 class Args:
     # --- experiment ---
-    output_dir: str = "runs/grpo"
+    output_dir: Annotated[str, MAY_CHANGE] = "runs/grpo"
     """the run's folder; the same command on it resumes"""
-    seed: int = 0
+    seed: Annotated[int, NOT_NEGATIVE] = 0
     """seed of the data order and of every sample"""
-    checkpoint_every: int = 20
+    checkpoint_every: Annotated[int, NOT_NEGATIVE, MAY_CHANGE] = 20
     """steps between checkpoints; 0 saves none before the end"""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[int, POSITIVE, MAY_CHANGE] = 2
     """how many of the newest checkpoints stay on disk"""
-    save_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """type of the final model; auto is that of the files of --model"""
-    eval_every: int = 0
+    eval_every: Annotated[int, NOT_NEGATIVE] = 0
     """steps between evaluations on --eval_dataset; 0 is off"""
-    track: bool = False
+    track: Annotated[bool, MAY_CHANGE] = False
     """also log to Weights & Biases"""
-    dry_run: bool = False
-    """print how much memory it takes, and stop"""
-    gpu_memory_gb: float | None = None
-    """of the GPU that --dry_run plans for; default: the one that is there"""
 
     # --- model ---
-    model: str = "toy/teacher"
+    model: Annotated[str, MODEL] = "toy/teacher"
     """the policy: a local folder or a hub id"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where it runs; auto takes a GPU if there is one"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """compute type; the trained weights are float32 either way"""
-    lora_rank: int = 0
+    lora_rank: Annotated[int, NOT_NEGATIVE] = 0
     """R: train adapters of this rank beside the frozen weights (LoRA); 0 trains all of them"""
-    lora_alpha: float = 32.0
-    """adapters count alpha / R times"""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Annotated[bool, MAY_CHANGE] = False
     """compute each layer again in backward instead of keeping what it made"""
-    cpu_offload: bool = False
+    cpu_offload: Annotated[bool, MAY_CHANGE] = False
     """keep weights, gradients and optimizer in host memory, and update them there"""
-    keep_gradients: bool = False
-    """add a step's gradients up on the GPU, whole: with --cpu_offload they travel once a step"""
 
     # --- data ---
     task: str = "math"
     """what is asked and what earns a reward: math, or a .py file (docs/tasks.md)"""
-    grade_timeout: float | None = None
-    """seconds in which a completion is graded, or gets no reward; default: the task's own, or 2"""
-    dataset: str | None = None
+    dataset: Annotated[str | None, DATA] = None
     """a hub id (owner/name:config), a .jsonl or .parquet file, or one of the task's, as toy"""
     split: Literal["all", "1H", "2H"] = "all"
     """all problems, or one of two fixed halves"""
     columns: tuple[str, ...] = ()
     """columns of other names than the task knows: problem=question answer=solution"""
-    eval_dataset: str | None = None
+    eval_dataset: Annotated[str | None, DATA] = None
     """what --eval_every evaluates on: a benchmark or a file; default: the task's first benchmark"""
-    decontaminate: tuple[str, ...] | None = None
+    decontaminate: Annotated[tuple[str, ...] | None, DATA] = None
     """sets whose problems are removed; default: for a hub dataset every benchmark, else none"""
-    max_prompt_tokens: int = 128
+    max_prompt_tokens: Annotated[int, POSITIVE] = 128
     """longer prompts are dropped"""
     thinking: bool = False
     """thinking mode of the chat template"""
-    system: str | None = None
-    """a system message before each prompt"""
-    instruction: str | None = None
-    """what is put behind each problem; default: the task's own"""
-    chat_template: str | None = None
+    chat_template: Annotated[str | None, DATA] = None
     """a .jinja file, or a model whose chat template is used; default: the model's own"""
 
     # --- rollouts ---
-    prompts_per_step: int = 16
+    prompts_per_step: Annotated[int, POSITIVE] = 16
     """P: prompts per step"""
-    group_size: int = 16
+    group_size: Annotated[int, POSITIVE] = 16
     """G: completions per prompt"""
-    max_new_tokens: int = 64
+    max_new_tokens: Annotated[int, POSITIVE] = 64
     """longest completion"""
-    temperature: float = 1.0
+    temperature: Annotated[float, POSITIVE] = 1.0
     """sampling temperature; log-probs are taken at it too"""
     backend: Literal["auto", "torch", "vllm"] = "auto"
     """what samples: transformers or vLLM; auto takes vLLM on a GPU"""
-    vllm_gpu_memory: float = 0.4
+    vllm_gpu_memory: Annotated[float, POSITIVE, MAY_CHANGE] = 0.4
     """share of the GPU's memory that vLLM may take while it samples"""
-    enforce_eager: bool = False
+    enforce_eager: Annotated[bool, MAY_CHANGE] = False
     """vLLM without compilation and CUDA graphs: starts faster, samples slower"""
-    tensor_parallel: int = 1
+    tensor_parallel: Annotated[int, POSITIVE, MAY_CHANGE] = 1
     """ranks in a row that share one vLLM, for models that do not fit one GPU"""
 
     # --- optimisation ---
-    num_steps: int = 40
+    num_steps: Annotated[int, POSITIVE] = 40
     """rollout steps"""
-    stop_at_tokens: int = 0
+    stop_at_tokens: Annotated[int, NOT_NEGATIVE] = 0
     """end after the step that reaches this many generated tokens, if earlier; 0 is off"""
-    stop_at_flops: float = 0.0
+    stop_at_flops: Annotated[float, NOT_NEGATIVE] = 0.0
     """end after the step that reaches this many FLOPs, the teacher's included; 0 is off"""
-    learning_rate: float | None = None
+    learning_rate: Annotated[float | None, POSITIVE] = None
     """AdamW's peak rate; default: 2e-4 on the toy, none for other models"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """what follows the warmup"""
-    warmup_steps: int = 10
+    warmup_steps: Annotated[int, NOT_NEGATIVE] = 10
     """linear warmup from 0"""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """AdamW's weight decay"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, POSITIVE] = 1.0
     """gradient clipping"""
-    skip_nonfinite: bool = False
+    skip_nonfinite: Annotated[bool, MAY_CHANGE] = False
     """leave out updates with a loss or gradient that is not finite, instead of stopping"""
-    num_epochs: int = 1
+    num_epochs: Annotated[int, POSITIVE] = 1
     """passes over each step's rollouts"""
-    num_minibatches: int = 1
+    num_minibatches: Annotated[int, POSITIVE] = 1
     """optimizer steps per pass"""
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: Annotated[int, POSITIVE, MAY_CHANGE] = 4096
     """tokens per forward and backward, padding included; a longer sequence goes alone"""
-    chunk_size: int = 2048
+    chunk_size: Annotated[int, POSITIVE] = 2048
     """tokens per chunk of the head"""
 
     # --- algorithm ---
-    kl_coef: float = 5e-4
+    kl_coef: Annotated[float, NOT_NEGATIVE] = 5e-4
     """weight of the KL to the frozen initial policy; 0 loads no reference model"""
-    clip_low: float = 0.2
+    clip_low: Annotated[float, NOT_NEGATIVE] = 0.2
     """the ratio is clipped below at 1 - clip_low"""
-    clip_high: float = 0.2
+    clip_high: Annotated[float, NOT_NEGATIVE] = 0.2
     """the ratio is clipped above at 1 + clip_high (DAPO: 0.28)"""
-    overlong_buffer: int = 0
-    """the last tokens before max_new_tokens, in which the reward falls by 1 (DAPO); 0 is off"""
     advantage_norm: Literal["std", "none"] = "std"
     """divide the advantage by the group's standard deviation, or not (Dr. GRPO)"""
     loss_agg: Literal["token", "sequence", "dr_grpo"] = "token"
     """Z: loss tokens; sequences of equal weight; or N * max_new_tokens"""
     dynamic_sampling: bool = False
     """replace groups whose grades all agree (DAPO)"""
-    max_refills: int = 3
+    max_refills: Annotated[int, NOT_NEGATIVE] = 3
     """how often --dynamic_sampling may draw again"""
     mask_truncated: bool = False
     """no loss on completions that max_new_tokens cut off"""
-    importance_cap: float = 0.0
+    importance_cap: Annotated[float, NOT_NEGATIVE] = 0.0
     """truncated importance correction of the engine's log-probs; 0 is off"""
 
     def __post_init__(self) -> None:
@@ -191,15 +175,15 @@ class Args:
 # === score ===
 
 
-def reward(rollout: Rollout, args: Args) -> float:
-    """What a rollout earns: its grade, in [0, 1]. A length penalty or a bonus goes here."""
-    too_long = len(rollout.completion_ids) - (args.max_new_tokens - args.overlong_buffer)
-    return rollout.verdict.reward - max(0, too_long) / max(1, args.overlong_buffer)
+def reward(rollout: Rollout) -> float:
+    """Return what a rollout earns: its grade, in [0, 1]. A length penalty or a bonus goes here
+    (docs/variants has DAPO's)."""
+    return rollout.verdict.reward
 
 
 def set_advantages(rollouts: list[Rollout], args: Args) -> None:
     """Set each rollout's advantage and loss weight. Groups whose rewards agree get exactly 0."""
-    rewards = torch.tensor([reward(r, args) for r in rollouts]).view(-1, args.group_size)  # [P, G]
+    rewards = torch.tensor([reward(r) for r in rollouts]).view(-1, args.group_size)  # [P, G]
     differ = (rewards != rewards[:, :1]).any(1, keepdim=True)  # the mean of sixteen 0.1 is not 0.1
     advantages = (rewards - rewards.mean(1, keepdim=True)) * differ
     if args.advantage_norm == "std":
@@ -221,7 +205,8 @@ def set_logprobs(name: str, model, rollouts: list[Rollout], args: Args) -> None:
 
 
 def draw_groups(sampler: Sampler, step: int, args: Args) -> tuple[list[Rollout], dict[str, float]]:
-    """A step's rollouts, and metrics of them. --dynamic_sampling redraws groups that agree."""
+    """Draw a step's rollouts; return them with their metrics. --dynamic_sampling draws groups that
+    agree again."""
     rollouts: list[Rollout] = []
     for refill in range(args.max_refills + 1):
         missing = args.prompts_per_step - sum_over_ranks(len(rollouts)) // args.group_size
@@ -236,7 +221,7 @@ def draw_groups(sampler: Sampler, step: int, args: Args) -> tuple[list[Rollout],
 
 
 def mixed_groups(rollouts: list[Rollout], group_size: int) -> list[Rollout]:
-    """The groups whose grades differ. Grades, not shaped rewards, decide."""
+    """Return the groups whose grades differ. Grades, not shaped rewards, decide."""
     groups = [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
     return [r for group in groups if len({r.verdict.reward for r in group}) > 1 for r in group]
 
@@ -254,10 +239,11 @@ def loss_fn(
     ref_logprobs: torch.Tensor | None,
     args: Args,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Clipped surrogate and KL term, summed over a slice of C tokens: logits [C, V], all else [C].
+    """Sum the clipped surrogate and the KL term over a slice of C tokens: logits [C, V], all else
+    [C]. Returns the weighted sum, and the unweighted sums of what is logged.
 
     `old_logprobs` None: the policy has not moved since it sampled, so the ratio is 1 (its gradient
-    is not 0). Returns the weighted sum and the unweighted sums of what is logged.
+    is not 0).
     """
     logprobs, entropy = token_logprobs(logits, tokens, args.temperature)
     old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
@@ -284,9 +270,9 @@ def loss_fn(
 
 
 def backward(model, rollouts: list[Rollout], args: Args) -> dict[str, float]:
-    """Add the gradients of one optimizer step to .grad; returns its metrics, means over tokens.
+    """Add the gradients of one optimizer step to .grad; return its metrics, means over tokens.
 
-    Of all micro-batches and ranks together, what
+    Over all micro-batches and ranks together this does what
     `(loss_fn(model(ids).logits[mask], ...)[0] / denominator).backward()` does:
     tests/test_losses.py, test_grpo_backward.
     """
@@ -294,8 +280,7 @@ def backward(model, rollouts: list[Rollout], args: Args) -> dict[str, float]:
     rollouts = with_gradient(rollouts, args)
     num_tokens = max(1, sum_over_ranks(sum(len(rollout.completion_ids) for rollout in rollouts)))
     sums = Counter(loss=0.0)
-    batches = micro_batches(rollouts, args.micro_batch_tokens, device_of(model))
-    for batch in accumulating(model, batches, args):
+    for batch in micro_batches(rollouts, args.micro_batch_tokens, device_of(model)):
         inputs = {
             "tokens": batch.tokens,
             "advantages": batch.per_token("advantage"),
@@ -321,14 +306,15 @@ def backward(model, rollouts: list[Rollout], args: Args) -> dict[str, float]:
 
 
 def denominator_of(rollouts: list[Rollout], args: Args) -> float:
-    """Z of one optimizer step, over all ranks: the tokens' weights, or Dr. GRPO's constant."""
+    """Sum the tokens' weights of one optimizer step, or return Dr. GRPO's constant: Z."""
     if args.loss_agg == "dr_grpo":
         return float(sum_over_ranks(len(rollouts)) * args.max_new_tokens)
     return sum_over_ranks(sum((r.weight * len(r.completion_ids) for r in rollouts), 0.0)) or 1.0
 
 
 def with_gradient(rollouts: list[Rollout], args: Args) -> list[Rollout]:
-    """Without a KL term an advantage of 0 has no gradient: its tokens count in Z only."""
+    """Leave out rollouts without a gradient: without a KL term those with an advantage of 0, whose
+    tokens count in Z only."""
     return [r for r in rollouts if r.weight > 0 and (r.advantage != 0 or args.kl_coef > 0)]
 
 
@@ -339,19 +325,20 @@ def main(args: Args) -> None:
     # --- setup ---
     check_training(args)
     check(args.group_size > 1, "--group_size 1 has nothing to compare a reward with; use 2 or more")
-    device = join_ranks(args)
+    device = join_ranks(args.device, args.dtype, args.cpu_offload)
     backend = resolve_backend(args, device)
     torch.manual_seed(args.seed)
-    check_shapes(args, args.model)
+    length = args.max_prompt_tokens + args.max_new_tokens
+    check_shapes(args.model, length=length, lora_rank=args.lora_rank)
     tokenizer = load_tokenizer(args.model, chat_template=args.chat_template)
 
     # --- data ---
-    task = Task(args.task, args.grade_timeout, args.instruction, args.system)
+    task = Task(args.task)
     dataset = data.training_prompts(task, tokenizer, args)
     eval_prompts = data.evaluation_prompts(task, tokenizer, args)
 
     # --- model ---
-    run = Run(__file__, args, tokenizer, dataset)
+    run = Run(__file__, args, data.fingerprint(tokenizer, dataset, args))
     if run.finished:
         return
     model = load_for_training(args.model, args, device, trainable=True)
@@ -360,7 +347,17 @@ def main(args: Args) -> None:
         trained_parameters(model), betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
     run.restore(model, optimizer)
-    sampler = Sampler(backend, model, model, tokenizer, task, dataset, eval_prompts, run)
+    sampler = Sampler(
+        args=args,
+        run=run,
+        task=task,
+        tokenizer=tokenizer,
+        backend=backend,
+        sampled=model,
+        trained=model,
+        dataset=dataset,
+        eval_prompts=eval_prompts,
+    )
 
     # --- loop ---
     with run, sampler:
@@ -393,9 +390,9 @@ def main(args: Args) -> None:
             # --- sync, evaluate, log ---
             run.phase("sync")
             metrics |= mean(updates) | sampler.sync() | sampler.evaluate(step)
-            run.log(metrics)
+            run.log(sampler.metrics() | metrics, sampler.rows())
     run.finish(tokenizer)
 
 
 if __name__ == "__main__":
-    start_training(main, Args, __doc__)
+    start(main, Args, __doc__)

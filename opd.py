@@ -30,19 +30,21 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
 from common.model.distance import transfer_metrics
 from common.model.head import chunked_backward, frozen_hidden_states, head_weight
-from common.model.load import check_shapes, load_for_training, load_tokenizer, share_end_ids
+from common.model.load import check_shapes, load_for_training
 from common.model.logprob import LOWEST, likeliest
 from common.model.lora import trained_parameters
-from common.model.shard import accumulating, clip_grad_norm, device_of
+from common.model.shard import clip_grad_norm, device_of
+from common.model.tokenizer import load_tokenizer, share_end_ids
 from common.run.errors import check
+from common.run.process import DATA, MAY_CHANGE, MODEL, NOT_NEGATIVE, POSITIVE, start
 from common.run.ranks import join_ranks, sum_dicts_over_ranks, sum_over_ranks
-from common.run.run import Run, check_training, mean, start_training
+from common.run.run import Run, check_training, mean
 from common.sampling.batches import MicroBatch, micro_batches, minibatches
 from common.sampling.rollout import Rollout, load_rollouts
 from common.sampling.sampler import Sampler
@@ -56,115 +58,99 @@ from common.tasks.task import Task
 @dataclass
 class Args:
     # --- experiment ---
-    output_dir: str = "runs/opd"
+    output_dir: Annotated[str, MAY_CHANGE] = "runs/opd"
     """the run's folder; the same command on it resumes"""
-    seed: int = 0
+    seed: Annotated[int, NOT_NEGATIVE] = 0
     """seed of the data order and of every sample"""
-    checkpoint_every: int = 20
+    checkpoint_every: Annotated[int, NOT_NEGATIVE, MAY_CHANGE] = 20
     """steps between checkpoints; 0 saves none before the end"""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[int, POSITIVE, MAY_CHANGE] = 2
     """how many of the newest checkpoints stay on disk"""
-    save_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """type of the final model; auto is that of the files of --model"""
-    eval_every: int = 0
+    eval_every: Annotated[int, NOT_NEGATIVE] = 0
     """steps between evaluations on --eval_dataset; 0 is off"""
-    track: bool = False
+    track: Annotated[bool, MAY_CHANGE] = False
     """also log to Weights & Biases"""
-    dry_run: bool = False
-    """print how much memory it takes, and stop"""
-    gpu_memory_gb: float | None = None
-    """of the GPU that --dry_run plans for; default: the one that is there"""
 
     # --- model ---
-    model: str = "toy/student"
+    model: Annotated[str, MODEL] = "toy/student"
     """the policy: a local folder or a hub id"""
-    teacher: str = "toy/teacher"
+    teacher: Annotated[str, MODEL] = "toy/teacher"
     """the frozen teacher, of the same vocabulary"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where it runs; auto takes a GPU if there is one"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """compute type; the trained weights are float32 either way"""
-    lora_rank: int = 0
+    lora_rank: Annotated[int, NOT_NEGATIVE] = 0
     """R: train adapters of this rank beside the frozen weights (LoRA); 0 trains all of them"""
-    lora_alpha: float = 32.0
-    """adapters count alpha / R times"""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Annotated[bool, MAY_CHANGE] = False
     """compute each layer again in backward instead of keeping what it made"""
-    cpu_offload: bool = False
+    cpu_offload: Annotated[bool, MAY_CHANGE] = False
     """keep weights, gradients and optimizer in host memory, and update them there"""
-    keep_gradients: bool = False
-    """add a step's gradients up on the GPU, whole: with --cpu_offload they travel once a step"""
 
     # --- data ---
     task: str = "math"
     """what is asked and what earns a reward: math, or a .py file (docs/tasks.md)"""
-    grade_timeout: float | None = None
-    """seconds in which a completion is graded, or gets no reward; default: the task's own, or 2"""
-    dataset: str | None = None
+    dataset: Annotated[str | None, DATA] = None
     """a hub id (owner/name:config), a .jsonl or .parquet file, or one of the task's, as toy"""
     split: Literal["all", "1H", "2H"] = "all"
     """all problems, or one of two fixed halves"""
     columns: tuple[str, ...] = ()
     """columns of other names than the task knows: problem=question answer=solution"""
-    eval_dataset: str | None = None
+    eval_dataset: Annotated[str | None, DATA] = None
     """what --eval_every evaluates on: a benchmark or a file; default: the task's first benchmark"""
-    decontaminate: tuple[str, ...] | None = None
+    decontaminate: Annotated[tuple[str, ...] | None, DATA] = None
     """sets whose problems are removed; default: for a hub dataset every benchmark, else none"""
-    max_prompt_tokens: int = 128
+    max_prompt_tokens: Annotated[int, POSITIVE] = 128
     """longer prompts are dropped"""
     thinking: bool = False
     """thinking mode of the chat template"""
-    system: str | None = None
-    """a system message before each prompt"""
-    instruction: str | None = None
-    """what is put behind each problem; default: the task's own"""
-    chat_template: str | None = None
+    chat_template: Annotated[str | None, DATA] = None
     """a .jinja file, or a model whose chat template is used; default: the model's own"""
 
     # --- rollouts ---
-    prompts_per_step: int = 16
+    prompts_per_step: Annotated[int, POSITIVE] = 16
     """P: prompts per step"""
-    group_size: int = 16
+    group_size: Annotated[int, POSITIVE] = 16
     """G: completions per prompt"""
-    max_new_tokens: int = 64
+    max_new_tokens: Annotated[int, POSITIVE] = 64
     """longest completion"""
-    temperature: float = 1.0
+    temperature: Annotated[float, POSITIVE] = 1.0
     """sampling temperature; log-probs are taken at it too"""
     backend: Literal["auto", "torch", "vllm"] = "auto"
     """what samples: transformers or vLLM; auto takes vLLM on a GPU"""
-    vllm_gpu_memory: float = 0.4
+    vllm_gpu_memory: Annotated[float, POSITIVE, MAY_CHANGE] = 0.4
     """share of the GPU's memory that vLLM may take while it samples"""
-    enforce_eager: bool = False
+    enforce_eager: Annotated[bool, MAY_CHANGE] = False
     """vLLM without compilation and CUDA graphs: starts faster, samples slower"""
-    tensor_parallel: int = 1
+    tensor_parallel: Annotated[int, POSITIVE, MAY_CHANGE] = 1
     """ranks in a row that share one vLLM, for models that do not fit one GPU"""
 
     # --- optimisation ---
-    num_steps: int = 40
+    num_steps: Annotated[int, POSITIVE] = 40
     """rollout steps"""
-    stop_at_tokens: int = 0
+    stop_at_tokens: Annotated[int, NOT_NEGATIVE] = 0
     """end after the step that reaches this many generated tokens, if earlier; 0 is off"""
-    stop_at_flops: float = 0.0
+    stop_at_flops: Annotated[float, NOT_NEGATIVE] = 0.0
     """end after the step that reaches this many FLOPs, the teacher's included; 0 is off"""
-    learning_rate: float | None = None
+    learning_rate: Annotated[float | None, POSITIVE] = None
     """AdamW's peak rate; default: 3e-4 on the toy, none for other models"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """what follows the warmup"""
-    warmup_steps: int = 10
+    warmup_steps: Annotated[int, NOT_NEGATIVE] = 10
     """linear warmup from 0"""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """AdamW's weight decay"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, POSITIVE] = 1.0
     """gradient clipping"""
-    skip_nonfinite: bool = False
+    skip_nonfinite: Annotated[bool, MAY_CHANGE] = False
     """leave out updates with a loss or gradient that is not finite, instead of stopping"""
-    num_epochs: int = 1
+    num_epochs: Annotated[int, POSITIVE] = 1
     """passes over each step's rollouts"""
-    num_minibatches: int = 1
+    num_minibatches: Annotated[int, POSITIVE] = 1
     """optimizer steps per pass"""
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: Annotated[int, POSITIVE, MAY_CHANGE] = 4096
     """tokens per forward and backward, padding included; a longer sequence goes alone"""
-    chunk_size: int = 2048
+    chunk_size: Annotated[int, POSITIVE] = 2048
     """tokens per chunk of the head"""
 
     # --- algorithm ---
@@ -172,11 +158,11 @@ class Args:
     """what is minimised at each token"""
     estimator: Literal["full", "sampled", "topk"] = "full"
     """whole vocabulary, the sampled token only, or the student's top k (reverse KL)"""
-    topk_size: int = 16
+    topk_size: Annotated[int, POSITIVE] = 16
     """k of --estimator topk"""
     sample_from: Literal["policy", "initial"] = "policy"
     """what samples: the policy, or the policy as it was at the start"""
-    rollouts: str | None = None
+    rollouts: Annotated[str | None, DATA] = None
     """draw the completions of this .jsonl file instead of sampling"""
 
     def __post_init__(self) -> None:
@@ -188,9 +174,9 @@ class Args:
 
 
 def teacher_hidden(teacher, batch: MicroBatch) -> torch.Tensor:
-    """The teacher's hidden states [N, D_teacher] at a micro-batch's loss tokens.
+    """Return the teacher's hidden states [N, D_teacher] at a micro-batch's loss tokens.
 
-    Not its logits: they would be [N, V]. Its head is applied chunk by chunk, beside the student's.
+    (Its logits would be [N, V].) Its head is applied chunk by chunk, beside the student's.
     """
     return frozen_hidden_states(teacher, batch.input_ids, batch.mask)
 
@@ -212,6 +198,7 @@ def loss_fn(
         (x[:, :size].float() / args.temperature).log_softmax(-1).clamp(min=LOWEST)
         for x in (logits, teacher_logits)
     )
+    metrics = transfer_metrics(logp.detach(), logq)
     p, q = logp.exp(), logq.exp()
     if args.estimator == "sampled":
         student, teacher = (x.gather(1, tokens[:, None]).squeeze(1) for x in (logp, logq))
@@ -228,7 +215,7 @@ def loss_fn(
     else:
         logm = torch.logaddexp(logp, logq) - math.log(2)  # of the mixture m = (p + q) / 2
         loss = (p * (logp - logm) + q * (logq - logm)).sum(-1) / 2
-    return loss.sum(), transfer_metrics(logp.detach(), logq)
+    return loss.sum(), metrics
 
 
 def top_k_buckets(
@@ -249,9 +236,9 @@ def top_k_buckets(
 
 
 def backward(model, teacher, rollouts: list[Rollout], args: Args) -> dict[str, float]:
-    """Add the gradients of one optimizer step to .grad; returns its metrics, means over tokens.
+    """Add the gradients of one optimizer step to .grad; return its metrics, means over tokens.
 
-    Of all micro-batches and ranks together, what
+    Over all micro-batches and ranks together this does what
     `(loss_fn(model(ids).logits[mask], ...)[0] / denominator).backward()` does:
     tests/test_losses.py, test_dense_backward.
     """
@@ -259,8 +246,7 @@ def backward(model, teacher, rollouts: list[Rollout], args: Args) -> dict[str, f
     denominator = num_tokens
     teacher_head = head_weight(teacher, teacher.dtype)
     sums = Counter(loss=0.0)
-    batches = micro_batches(rollouts, args.micro_batch_tokens, device_of(model))
-    for batch in accumulating(model, batches, args):
+    for batch in micro_batches(rollouts, args.micro_batch_tokens, device_of(model)):
         sums.update(
             chunked_backward(
                 model,
@@ -288,32 +274,47 @@ def main(args: Args) -> None:
         args.estimator == "full" or args.divergence == "reverse_kl",
         f"--estimator {args.estimator} is of the reverse KL; drop --divergence {args.divergence}",
     )
-    device = join_ranks(args)
+    check(
+        not args.rollouts or args.sample_from == "policy",
+        "--rollouts takes given completions; drop --sample_from initial",
+    )
+    device = join_ranks(args.device, args.dtype, args.cpu_offload)
     backend = resolve_backend(args, device)
     torch.manual_seed(args.seed)
-    check_shapes(args, args.model, args.teacher)
+    length = args.max_prompt_tokens + args.max_new_tokens
+    check_shapes(args.model, args.teacher, length=length, lora_rank=args.lora_rank)
     tokenizer = load_tokenizer(args.model, args.teacher, args.chat_template)
 
     # --- data ---
-    task = Task(args.task, args.grade_timeout, args.instruction, args.system)
+    task = Task(args.task)
     dataset = data.training_prompts(task, tokenizer, args)
     if args.rollouts:
-        dataset = load_rollouts(task, tokenizer, dataset, args)
+        dataset = load_rollouts(args.rollouts, task, tokenizer, dataset, args.max_new_tokens)
     eval_prompts = data.evaluation_prompts(task, tokenizer, args)
 
     # --- model ---
-    run = Run(__file__, args, tokenizer, dataset)
+    run = Run(__file__, args, data.fingerprint(tokenizer, dataset, args))
     if run.finished:
         return
     model = load_for_training(args.model, args, device, trainable=True)
-    teacher = load_for_training(args.teacher, args, device)
+    teacher = load_for_training(args.teacher, args, device, flops_role="teacher")
     sampled = model if args.sample_from == "policy" else load_for_training(args.model, args, device)
     share_end_ids(tokenizer, model, teacher, sampled)
     optimizer = torch.optim.AdamW(
         trained_parameters(model), betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
     run.restore(model, optimizer)
-    sampler = Sampler(backend, sampled, model, tokenizer, task, dataset, eval_prompts, run)
+    sampler = Sampler(
+        args=args,
+        run=run,
+        task=task,
+        tokenizer=tokenizer,
+        backend=backend,
+        sampled=sampled,
+        trained=model,
+        dataset=dataset,
+        eval_prompts=eval_prompts,
+    )
 
     # --- loop ---
     with run, sampler:
@@ -338,9 +339,9 @@ def main(args: Args) -> None:
             # --- sync, evaluate, log ---
             run.phase("sync")
             metrics |= mean(updates) | sampler.sync() | sampler.evaluate(step)
-            run.log(metrics)
+            run.log(sampler.metrics() | metrics, sampler.rows())
     run.finish(tokenizer)
 
 
 if __name__ == "__main__":
-    start_training(main, Args, __doc__)
+    start(main, Args, __doc__)

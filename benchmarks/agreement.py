@@ -33,7 +33,8 @@ from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 import fkl_warmup
 import grpo
 import opd
-from common.model.load import load_for_training, load_tokenizer
+from common.model.load import load_for_training
+from common.model.tokenizer import load_tokenizer
 from common.run.process import start
 from common.sampling.rollout import Rollout
 from common.sampling.sampler import sample_and_verify
@@ -107,7 +108,8 @@ def sample(model, seed: int) -> list[Rollout]:
     engine = TorchEngine(deepcopy(model), tokenizer)  # it gives its model another attention
     with Task() as task:
         prompts = data.render_prompts(tokenizer, task.problems(rows, "sums"), args)
-        return sample_and_verify(engine, task, prompts, args.group_size, args, (seed,))
+        sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+        return sample_and_verify(engine, task, prompts, args.group_size, seed=(seed,), **sampling)
 
 
 def padded(rollouts: list[Rollout]) -> Batch:

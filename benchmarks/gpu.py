@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from common.model.load import load_tokenizer
-from common.model.memory import config_of
+from common.model.tokenizer import load_tokenizer
 from common.run.folder import machine
 from common.run.inputs import ROOT
 from common.run.process import start
+from workflow.memory import config_of
 
 
 @dataclass

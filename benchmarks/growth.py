@@ -23,7 +23,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import grpo
 import opd
-from common.model.load import load_tokenizer
+from common.model.tokenizer import load_tokenizer
 from common.run.inputs import ROOT
 from common.run.process import start
 from common.sampling import sampler

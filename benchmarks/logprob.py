@@ -1,6 +1,8 @@
-r"""The chunked head against its three bare matrix products; on a GPU, the fused kernels too.
+r"""The chunked head against its three bare matrix products; OPD's loss on slices of a chunk's rows;
+on a GPU, the fused kernels too.
 
 python -m benchmarks.logprob                                       # float32: minutes on a CPU
+python -m benchmarks.logprob --words 100 --hidden_size 128         # the toy's sizes
 python -m benchmarks.logprob --dtype bfloat16 --chunk_size 1024
 """
 
@@ -14,6 +16,7 @@ from typing import Literal
 
 import torch
 
+import opd
 from common.model import logprob
 from common.model.head import _add_product, head_backward
 from common.model.shard import DTYPES
@@ -120,6 +123,30 @@ def head(args: Args, device: torch.device) -> None:
     )
 
 
+def loss_on_slices(args: Args, device: torch.device) -> None:
+    """Time OPD's loss with its metrics, forward and backward, over one chunk: as row_slices cuts
+    it, by fewer and by more rows."""
+    rows, dtype = args.chunk_size, DTYPES[args.dtype]
+    logits, teacher_logits = torch.randn(2, rows, args.words, device=device).to(dtype)
+    tokens, flags = torch.zeros(rows, dtype=torch.long, device=device), opd.Args()
+    chosen = logprob.row_slices(logits)[0].stop
+
+    def whole_chunk(size: int) -> None:
+        for first in range(0, rows, size):
+            leaf = logits[first : first + size].detach().requires_grad_()
+            inputs = (teacher_logits[first : first + size], tokens[first : first + size], flags)
+            torch.autograd.grad(opd.loss_fn(leaf, *inputs)[0], leaf)
+
+    for size in sorted({4, 8, 16, 32, min(chosen, rows), rows}):
+        extra = peak_bytes(lambda size=size: whole_chunk(size), device)
+        taken = min(seconds(lambda size=size: whole_chunk(size), device) for _ in range(3))
+        mark = " (row_slices)" if size == min(chosen, rows) else ""
+        print(
+            f"OPD's loss, {rows} x {args.words}, {torch.get_num_threads()} threads, slices of "
+            f"{size:4} rows{mark}: {taken:.3f} s, {extra / 1e9:.2f} GB"
+        )
+
+
 def kernels(args: Args, device: torch.device) -> None:
     """Time, GB/s and share of the bandwidth of a copy, forward and backward."""
     rows, dtype = args.chunk_size, DTYPES[args.dtype]
@@ -154,6 +181,7 @@ def kernels(args: Args, device: torch.device) -> None:
 def main(args: Args) -> None:
     device = resolve_device("auto")
     head(args, device)
+    loss_on_slices(args, device)
     if device.type == "cuda":
         kernels(args, device)
     else:

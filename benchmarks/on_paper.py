@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import fkl_warmup
 import grpo
 import opd
-from common.model import memory
 from common.run.process import start
 from common.sampling.vllm_engine import MAX_NUM_SEQS
+from workflow import memory
 from workflow.presets import KINDS, REAL
 
 PEAK_FLOPS, BANDWIDTH = 989e12, 3.35e12  # NVIDIA's data sheet of the H100 SXM

@@ -14,8 +14,9 @@ from typing import Literal
 
 import torch
 
-from common.model.load import load_model, load_tokenizer
+from common.model.load import load_model
 from common.model.shard import DTYPES
+from common.model.tokenizer import load_tokenizer
 from common.run.process import start
 from common.run.ranks import resolve_device
 from common.sampling.sampler import make_engine

@@ -13,11 +13,11 @@ from typing import Literal
 
 import torch
 
-from common.model import memory
 from common.model.load import load_for_training
 from common.run.process import start
 from common.run.ranks import join_ranks, max_over_ranks, num_ranks, rank
 from common.sampling.rollout import Rollout
+from workflow import memory
 
 
 @dataclass
@@ -66,7 +66,7 @@ def main(args: Args) -> None:
         chunk_size=1024,
         **own,
     )
-    device = join_ranks(flags)
+    device = join_ranks(flags.device, flags.dtype, flags.cpu_offload)
     model = load_for_training(args.model, flags, device, trainable=True)
     frozen = load_for_training(args.model, flags, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
@@ -85,7 +85,9 @@ def main(args: Args) -> None:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     shape = memory.shape_of(args.model)
-    plan = memory.plan(flags, shape, [shape], shape, num_ranks(), None)
+    plan = memory.plan(
+        flags, shape, [shape], shape, num_ranks(), None, loss_is_fused=args.trainer == "grpo"
+    )
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:  # of the whole process, host memory included

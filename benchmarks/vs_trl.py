@@ -31,8 +31,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from benchmarks.floor import copy_rate, product_rate
 from common.model import flops
-from common.model.load import load_tokenizer
 from common.model.shard import DTYPES
+from common.model.tokenizer import load_tokenizer
 from common.run.inputs import ROOT, model_path
 from common.run.process import start
 from common.sampling import rollout, sampler

@@ -10,38 +10,38 @@ import statistics
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.special import betaincinv, stdtr, stdtrit  # scipy.stats takes three times as long
+from scipy.special import betaincinv, stdtrit
 
 # === over problems ===
 
 
 def pass_at(j: int, num_correct: int, num_samples: int) -> float:
-    """Probability that j of the samples, drawn without replacement, hold a right one."""
+    """Return the probability that j of the samples, drawn without replacement, hold a right one."""
     return 1.0 - math.comb(num_samples - num_correct, j) / math.comb(num_samples, j)
 
 
 def interval(values: Sequence[float], num_samples: int, level: float = 0.95) -> list[float]:
-    """Two-sided interval of the mean over problems of a share in [0, 1], one value per problem,
-    each of `num_samples` samples.
+    """Return the two-sided interval of the mean over problems of a share in [0, 1]: one value per
+    problem, each of `num_samples` samples.
 
-    Clopper and Pearson's, for as many independent samples as the problems are worth (Korn and
-    Graubard 1998): between their number, if each is always right or always wrong, and that of all
+    It is Clopper and Pearson's for an effective number of independent samples (Korn and Graubard
+    1998): between the number of problems, if each is always right or always wrong, and that of all
     samples, if all are equally hard. It is never a point, as a bootstrap's of 0 right in 30 is.
     """
     values = np.asarray(values, dtype=float)
     mean, tail = float(values.mean()), (1 - level) / 2
-    worth = effective_samples(values, num_samples)
+    effective = effective_samples(values, num_samples)
     if len(values) > 1:  # the spread of few problems is itself uncertain
         all_samples = max(2, len(values) * num_samples)
-        worth *= (stdtrit(all_samples - 1, tail) / stdtrit(len(values) - 1, tail)) ** 2
-    right = worth * mean
-    low = betaincinv(right, worth - right + 1, tail) if mean > 0 else 0.0
-    high = betaincinv(right + 1, worth - right, 1 - tail) if mean < 1 else 1.0
+        effective *= (stdtrit(all_samples - 1, tail) / stdtrit(len(values) - 1, tail)) ** 2
+    right = effective * mean
+    low = betaincinv(right, effective - right + 1, tail) if mean > 0 else 0.0
+    high = betaincinv(right + 1, effective - right, 1 - tail) if mean < 1 else 1.0
     return [float(low), float(high)]
 
 
 def effective_samples(values: np.ndarray, num_samples: int) -> float:
-    """How many independent samples have the variance of the mean of these clusters.
+    """Return how many independent samples have the variance of the mean of these clusters.
 
     One more problem, of the largest spread there is, counts with those that were neither always
     right nor always wrong: a few of them seldom show how much problems differ.
@@ -55,19 +55,19 @@ def effective_samples(values: np.ndarray, num_samples: int) -> float:
 
 
 def difference_interval(a: Sequence[float], b: Sequence[float], num_samples: int) -> list[float]:
-    """95% interval of mean a - mean b on the same problems: Newcombe's of paired proportions (1998,
-    method 10; MOVER), from the interval of each and their correlation over problems."""
+    """Return the 95% interval of mean a - mean b on the same problems: Newcombe's of paired
+    proportions (1998, method 10; MOVER), from both intervals and the correlation over problems."""
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     (low_a, high_a), (low_b, high_b) = interval(a, num_samples), interval(b, num_samples)
     vary = len(a) > 1 and a.std() > 0 and b.std() > 0
     correlation = float(np.corrcoef(a, b)[0, 1]) if vary else 0.0
 
-    def reach(of_a: float, of_b: float) -> float:
+    def distance(of_a: float, of_b: float) -> float:
         return math.sqrt(max(0.0, of_a**2 + of_b**2 - 2 * correlation * of_a * of_b))
 
     mean_a, mean_b = float(a.mean()), float(b.mean())
-    below = reach(mean_a - low_a, high_b - mean_b)
-    above = reach(high_a - mean_a, mean_b - low_b)
+    below = distance(mean_a - low_a, high_b - mean_b)
+    above = distance(high_a - mean_a, mean_b - low_b)
     return [mean_a - mean_b - below, mean_a - mean_b + above]
 
 
@@ -75,28 +75,28 @@ def difference_interval(a: Sequence[float], b: Sequence[float], num_samples: int
 
 
 def t_interval(values: list[float], level: float = 0.95) -> list[float] | None:
-    """Two-sided interval of the mean of independent repetitions; None of a single one, and of
-    values that do not differ."""
+    """Return the two-sided t-interval of the mean of independent repetitions; None for a single
+    value, and for values that do not differ."""
     if len(set(values)) < 2:
         return None
-    error = statistics.stdev(values) / len(values) ** 0.5
-    reach = stdtrit(len(values) - 1, 0.5 + level / 2) * error
-    mean = statistics.fmean(values)
-    return [mean - reach, mean + reach]
+    from scipy import stats  # here: it takes a second
+
+    return list(stats.ttest_1samp(values, 0.0).confidence_interval(level))
 
 
 def t_test(values: list[float]) -> float:
-    """Two-sided p of a mean of 0; 1 of a single value, and of values that do not differ: their
-    spread is not known to be 0."""
+    """Return the two-sided p of a mean of 0; 1 for a single value, and for values that do not
+    differ: their spread is not known to be 0."""
     if len(set(values)) < 2:
         return 1.0
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return float(2 * stdtr(len(values) - 1, -abs(statistics.fmean(values)) / error))
+    from scipy import stats
+
+    return float(stats.ttest_1samp(values, 0.0).pvalue)
 
 
 def judge(differences: list[list[float]], alpha: float = 0.05) -> list[dict[str, object]]:
-    """Holm's procedure over claims that are each a list of seed-level differences, better when
-    positive. The m claims are tested in order of p at alpha / m, alpha / (m - 1), ... until one
+    """Judge claims, each a list of seed-level differences, better when positive, by Holm's
+    procedure. The m claims are tested in order of p at alpha / m, alpha / (m - 1), ... until one
     fails. Returns mean, interval at the claim's own level, p and verdict, in the given order."""
     order = sorted(range(len(differences)), key=lambda i: t_test(differences[i]))
     results, all_passed = {}, True

@@ -30,7 +30,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from common.model.load import load_model, load_tokenizer
+from common.model.load import load_model
+from common.model.tokenizer import load_tokenizer
 from common.run.errors import check
 from common.run.process import start
 from common.sampling.sampler import sample_and_verify
@@ -230,9 +231,7 @@ def train(model, tokenizer, recipe: Recipe, rng: random.Random, name: str) -> No
 
 
 @dataclass
-class SamplingArgs:
-    max_new_tokens: int = 64
-    temperature: float = 1.0
+class PromptArgs:
     max_prompt_tokens: int = 128
     thinking: bool = False
 
@@ -243,15 +242,15 @@ def report(folder: Path, problems: list[Problem]) -> dict[str, float]:
     Step by step is too seldom to be measured by waiting for it: a second set of samples is given
     the first digit of that way.
     """
-    args, tokenizer = SamplingArgs(), load_tokenizer(str(folder))
+    args, tokenizer = PromptArgs(), load_tokenizer(str(folder))
     model = load_model(str(folder), "float32", torch.device("cpu"))
     free = data.render_prompts(tokenizer, problems, args)
     digits = [tokenizer.encode(problem.text[0]) for problem in problems]
     begun = [data.Prompt(p.problem, p.ids + d) for p, d in zip(free, digits, strict=True)]
-    engine = TorchEngine(model, tokenizer)
+    engine, sampling = TorchEngine(model, tokenizer), {"max_new_tokens": 64, "temperature": 1.0}
     with Task() as task:
         samples, forced = (
-            sample_and_verify(engine, task, prompts, 16, args, seed=(0,))
+            sample_and_verify(engine, task, prompts, 16, seed=(0,), **sampling)
             for prompts in (free, begun)
         )
     correct = torch.tensor([float(rollout.verdict.correct) for rollout in samples])

@@ -5,8 +5,8 @@ At most: every completion counts as --max_new_tokens long, every prompt as --max
 what is recomputed is left out. The rates are the user's: nothing here was measured.
 """
 
-from common.model import memory
 from common.run.errors import UserError, check
+from workflow import memory
 from workflow.stages import Stage
 
 HOURS = 3600.0
@@ -15,7 +15,7 @@ HOURS = 3600.0
 def most_tokens(stage: Stage) -> tuple[int, int]:
     """Completions and tokens that a training stage can generate."""
     args = stage.args()
-    draws = 1 + args.max_refills if getattr(args, "dynamic_sampling", False) else 1
+    draws = 1 + args.max_refills if stage.is_grpo and args.dynamic_sampling else 1
     completions = args.num_steps * args.prompts_per_step * args.group_size * draws
     return completions, completions * args.max_new_tokens
 
@@ -24,7 +24,7 @@ def most_flops(stage: Stage) -> tuple[float, float]:
     """FLOPs of a training stage: of sampling, and of scoring and updates. Raises UserError for
     models whose shapes are not known."""
     args = stage.args()
-    trained, _, sampled = memory.models_of(args)
+    trained, _, sampled = stage.models(args)
     sequences = args.num_steps * args.prompts_per_step * args.group_size
 
     def forward(name: str, completions: int, prompts: float = 1.0) -> tuple[float, float]:
@@ -37,7 +37,7 @@ def most_flops(stage: Stage) -> tuple[float, float]:
         attention = 4 * shape.layers * (shape.qk - shape.kv / 2) * pairs
         return completions * weights, completions * attention
 
-    sampling = sum(forward(sampled, most_tokens(stage)[0], 1 / args.group_size)) if sampled else 0.0
+    sampling = sum(forward(sampled, most_tokens(stage)[0], 1 / args.group_size))
     weights, attention = forward(trained, sequences)
     # Forward; backward to what goes in, and to the weights, if they are trained.
     update = args.num_epochs * ((2 if args.lora_rank else 3) * weights + 3 * attention)
@@ -45,7 +45,7 @@ def most_flops(stage: Stage) -> tuple[float, float]:
     adapters = 2 * args.lora_rank * shape.lora * shape.layers
     tokens = sequences * (args.max_prompt_tokens + args.max_new_tokens)
     update += args.num_epochs * 3 * adapters * tokens
-    if hasattr(args, "teacher"):
+    if not stage.is_grpo:
         update += args.num_epochs * sum(forward(args.teacher, sequences))
     else:  # GRPO scores its reference, and before several updates itself
         scored = (args.kl_coef > 0) + (args.num_epochs * args.num_minibatches > 1)
@@ -88,10 +88,8 @@ def print_budget(stages: list[Stage], args, gpus: int) -> None:
         line += f" {share * (sampling + update):>9.2g} FLOPs"
         if rates:
             hours = share * update / (args.gpu_tflops * 1e12 * args.mfu) / HOURS
-            sampled = memory.models_of(stage.args())[2]
-            if sampled:
-                is_student = stage.base_model(sampled) == args.student
-                hours += tokens / args.tokens_per_second[is_student] / HOURS
+            is_student = stage.base_model(stage.models(stage.args())[2]) == args.student
+            hours += tokens / args.tokens_per_second[is_student] / HOURS
             total += hours
             line += f" {hours:>10,.1f} GPU-hours"
         print(line)

@@ -23,8 +23,10 @@ from typing import BinaryIO
 
 from common.run.errors import RunFailure
 from common.run.inputs import ROOT
-from common.run.lazy import import_all
 from workflow.presets import KINDS
+
+PRELOADED = ("torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor")
+PRELOADED += ("transformers.modeling_utils", "common.sampling.decoding")
 
 
 class ForkServer:
@@ -85,7 +87,9 @@ def serve(prepare: Callable[[dict], None] = lambda job: None) -> None:
     """The server. prepare: called in each child, before its script."""
     for script in dict.fromkeys(script for script, _ in KINDS.values()):
         importlib.import_module(script.removesuffix(".py"))
-    import_all()
+    for name in PRELOADED:
+        importlib.import_module(name)
+
     channel, children = socket.socket(fileno=os.dup(0)), set()
     while True:
         message, descriptors, *_ = socket.recv_fds(channel, 1 << 20, 1)

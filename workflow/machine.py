@@ -1,6 +1,6 @@
 """The machine that stages run on: how they are launched, what makes them fit, what does not fit.
 
-All of it is computed by common.model.memory before anything is loaded. Sizes are in bytes.
+All of it is computed by workflow.memory before anything is loaded. Sizes are in bytes.
 """
 
 import os
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from common.model import memory
-from common.model.memory import GB
 from common.run.errors import UserError, check
+from workflow import memory
 from workflow.budget import most_tokens
+from workflow.memory import GB
 from workflow.presets import Setting, ours
 from workflow.stages import Stage
 
@@ -86,14 +86,27 @@ class Load:
     fits_gpus: bool
 
 
+def plan_of(stage: Stage, machine: Machine, args) -> memory.Plan:
+    """Return the memory plan of a training stage, run with these Args of its script."""
+    trained, frozen, sampled = stage.models(args)
+    names = {name: stage.base_model(name) for name in (trained, *frozen, sampled)}
+    shapes = {name: memory.shape_of(base) for name, base in names.items()}
+    missing = dict.fromkeys(names[name] for name, shape in shapes.items() if shape is None)
+    check(not missing, f"no memory plan of {', '.join(missing)}: no config.json that it can read")
+    of_frozen = [shapes[name] for name in frozen]
+    models = (shapes[trained], of_frozen, shapes[sampled])
+    fused = {"loss_is_fused": stage.is_grpo}
+    return memory.plan(args, *models, machine.all_ranks, machine.gpu, **fused)
+
+
 def load_of(stage: Stage, machine: Machine, args) -> Load:
     """Raises UserError for a trainer whose models' shapes are not known."""
     gpu = machine.gpu
     if stage.kind == "evaluate":
         plan, sampled, update, host = None, args.model, 0.0, 0.0
     else:
-        plan = memory.plan_of(args, machine.all_ranks, gpu, stage.base_model)
-        sampled, update = memory.models_of(args)[2], plan.peak("update")
+        plan = plan_of(stage, machine, args)
+        sampled, update = stage.models(args)[2], plan.peak("update")
         host = (plan.host + (0.0 if gpu else plan.device)) * machine.ranks
     shape = sampled and memory.shape_of(stage.base_model(sampled))
     uses_vllm = gpu and shape and args.backend != "torch"
@@ -104,8 +117,7 @@ def load_of(stage: Stage, machine: Machine, args) -> Load:
 
 
 # Flags that change no result, in the order in which they stand in a command.
-CHOSEN = ("vllm_gpu_memory", "micro_batch_tokens", "cpu_offload", "keep_gradients")
-CHOSEN += ("tensor_parallel",)
+CHOSEN = ("vllm_gpu_memory", "micro_batch_tokens", "cpu_offload", "tensor_parallel")
 
 
 def settings_that_fit(stage: Stage, machine: Machine) -> dict[str, Setting]:
@@ -126,8 +138,7 @@ def settings_that_fit(stage: Stage, machine: Machine) -> dict[str, Setting]:
 
 def smallest_change(stage: Stage, machine: Machine, args, fixed: set[str]) -> Load:
     """A training stage with less on the GPU: micro-batches of one sequence of full length; then
-    weights and optimizer in host memory, which is much slower, less so with the gradients on the
-    GPU. vLLM gets the rest of the GPU."""
+    weights and optimizer in host memory, which is much slower, vLLM gets the rest of the GPU."""
     sequence = args.max_prompt_tokens + args.max_new_tokens
     sizes = [args.micro_batch_tokens, min(args.micro_batch_tokens, sequence)]
     sizes = sizes[:1] if "micro_batch_tokens" in fixed else sizes
@@ -141,9 +152,6 @@ def smallest_change(stage: Stage, machine: Machine, args, fixed: set[str]) -> Lo
         load = share_engine(stage, machine, args, fixed)
         if load.fits_gpus:
             break
-    if cpu_offload and "keep_gradients" not in fixed:
-        kept = load_of(stage, machine, replace(load.args, keep_gradients=True))
-        return kept if kept.fits_gpus else load
     return load
 
 
@@ -209,7 +217,7 @@ def what_lora_takes(stage: Stage, machine: Machine) -> list[str]:
     args = stage.args()
     if args.lora_rank:
         return []
-    args = replace(args, lora_rank=LORA_RANK, cpu_offload=False, keep_gradients=False)
+    args = replace(args, lora_rank=LORA_RANK, cpu_offload=False)
     load = smallest_change(stage, machine, args, set())
     place = f"{load.host / GB:.0f} GB in host memory" if load.args.cpu_offload else "all on the GPU"
     fits = "" if load.fits_gpus else ": it would not fit either"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tyro
 
-from common.model.load import lacks_chat_template
+from common.model.tokenizer import lacks_chat_template
 from common.run.errors import UserError, check, one_line
 from common.tasks.data import default_decontamination, default_of
 from common.tasks.task import Task
@@ -136,7 +136,7 @@ REAL: Preset = {
 
 # Flags of bridge.py that replace a preset's value in every stage whose script has them.
 OVERRIDES = (
-    *("task", "grade_timeout", "columns", "system", "instruction", "chat_template"),
+    *("task", "columns", "chat_template"),
     *("max_prompt_tokens", "max_new_tokens", "dtype", "vllm_gpu_memory", "tensor_parallel"),
     *("num_steps", "prompts_per_step", "group_size", "micro_batch_tokens"),
     *("learning_rate", "num_minibatches", "num_samples", "num_problems"),

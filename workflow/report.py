@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.run.atomic_files import write_atomic, write_json
+from common.run.folder import write_atomic, write_json
 from common.statistics import interval, judge, t_interval
 from workflow.figure import draw
 from workflow.paper_results import BENCHMARKS, CLAIMS, results_of

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from common.model.load import load_tokenizer
+from common.model.tokenizer import load_tokenizer
 from common.run.errors import check
-from common.run.folder import MAY_CHANGE
+from common.run.folder import may_change
 from common.run.inputs import inputs_of
 from common.tasks.data import template_fingerprint
 from workflow.presets import Preset, Setting, as_words, script_args
@@ -42,6 +42,21 @@ class Stage:
         if not all(stage.manifest.exists() for stage in self.budget_of):
             return f"<{quantity} of {', '.join(stage.name for stage in self.budget_of)}>"
         return sum(stage.used()[quantity] for stage in self.budget_of)
+
+    @property
+    def is_grpo(self) -> bool:
+        return self.script == "grpo.py"
+
+    def models(self, args) -> tuple[str, list[str], str]:
+        """Return the names of the models that the trainer, run with these Args, trains, holds
+        frozen beside, and samples from."""
+        if self.is_grpo:  # with LoRA the reference is the model with its adapters off
+            frozen = [args.model] if args.kl_coef > 0 and not args.lora_rank else []
+            return args.model, frozen, args.model
+        if self.script == "fkl_warmup.py":
+            return args.model, [args.teacher], args.teacher
+        frozen = [args.teacher, *[args.model] * (args.sample_from == "initial")]
+        return args.model, frozen, args.model
 
     def used(self) -> dict[str, float]:
         """Generated tokens and FLOPs of a finished training stage, its teacher's included."""
@@ -96,14 +111,14 @@ class Stage:
             return False
         config = json.loads((self.folder / "config.json").read_text())
         args = self.args()
-        wanted = json.loads(json.dumps(vars(args)))
-        differing = [k for k in wanted if k not in MAY_CHANGE and config.get(k) != wanted[k]]
+        wanted, free = json.loads(json.dumps(vars(args))), may_change(type(args))
+        differing = [k for k in wanted if k not in free and config.get(k) != wanted[k]]
         check(
             not differing,
             f"{self.folder} was finished with other settings ({', '.join(differing)}); "
             "choose another --output_dir",
         )
-        models = (args.model, getattr(args, "teacher", None), args.chat_template)
+        models = (args.model, self.flags.get("teacher"), args.chat_template)
         template = {"template_fingerprint": template_fingerprint(_tokenizer_of(*models), args)}
         now = inputs_of(args) | template
         replaced = [name for name in now if config.get(name) != now[name]]

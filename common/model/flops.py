@@ -13,14 +13,14 @@ _spent = {"policy": 0.0, "teacher": 0.0}
 
 
 def take(role: str) -> float:
-    """What has been spent on the policy or the teacher since this was last asked."""
+    """Return what was spent on the policy or the teacher since the last call, and start anew."""
     spent, _spent[role] = _spent[role], 0.0
     return spent
 
 
 def count_forward(model, mask: torch.Tensor, backward: bool = False) -> None:
-    """A forward pass over right-padded sequences, where mask [B, T] is set at positions that
-    predict a loss token: the last ones of each sequence. A backward is worth two more, one for the
+    """Count a forward pass over right-padded sequences, where mask [B, T] is set at positions that
+    predict a loss token: the last ones of each sequence. A backward counts as two more, one for the
     gradients of what goes in, and one for those of weights, if they are trained."""
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     ends = (mask * positions).amax(1).tolist()  # the last token of a completion predicts nothing
@@ -34,7 +34,7 @@ def count_forward(model, mask: torch.Tensor, backward: bool = False) -> None:
 
 
 def count_sampling(model, rollouts: Sequence, group_size: int) -> None:
-    """Completions of which `group_size` have their prompt computed once."""
+    """Count completions of which `group_size` have their prompt computed once."""
     lengths = [(len(rollout.prompt_ids), len(rollout.completion_ids)) for rollout in rollouts]
     _spent[role_of(model)] += forward_flops(model, lengths, group_size)
 
@@ -46,7 +46,7 @@ def role_of(model) -> str:
 def forward_flops(
     model, lengths: Iterable[tuple[int, int]], shared: int = 1, trained: bool | None = None
 ) -> float:
-    """FLOPs of a dense model's forward pass over sequences of so many prompt and completion tokens.
+    """Return the FLOPs of a dense model over sequences of so many prompt and completion tokens.
 
     The head counts at the tokens that predict a completion token, attention at pairs of a query and
     a key that it may see. `shared`: so many completions have their prompt computed once. trained:

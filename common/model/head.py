@@ -10,15 +10,14 @@ import torch
 
 from common.model import flops
 from common.model.logprob import row_slices, token_logprobs
-from common.model.shard import full_weight
-from common.run.lazy import dtensor
+from common.model.shard import full_weight, is_sharded
 
 Loss = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 def hidden_states(model, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The head's inputs where `mask` is set: input_ids [B, T] right-padded, mask [B, T] with N ones
-    -> [N, D], in the type that the model computes in.
+    """Return the head's inputs where `mask` is set: input_ids [B, T] right-padded, mask [B, T] with
+    N ones -> [N, D], in the type that the model computes in.
 
     No attention mask is needed: attention is causal, and padding stands to the right of every real
     token. The model is entered by its root, so that FSDP2 gathers what is sharded; its head, which
@@ -35,14 +34,14 @@ def hidden_states(model, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.T
 
 @torch.no_grad()
 def frozen_hidden_states(model, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """As hidden_states, of a model that is not trained (or not now): without gradient."""
+    """Return hidden_states of a model that is not trained (or not now): without gradient."""
     flops.count_forward(model, mask)
     return hidden_states(model, input_ids, mask)
 
 
 def head_weight(model, dtype: torch.dtype) -> torch.Tensor:
-    """The head [V, D], without gradient. A sharded one is gathered: call this outside the loop over
-    chunks, whose number may differ between ranks."""
+    """Return the head [V, D], without gradient. A sharded one is gathered: call this outside the
+    loop over chunks, whose number may differ between ranks."""
     return full_weight(model.get_output_embeddings().weight, dtype)
 
 
@@ -50,7 +49,7 @@ def head_weight(model, dtype: torch.dtype) -> torch.Tensor:
 def head_logprobs(
     hidden: torch.Tensor, model, tokens: torch.Tensor, temperature: float, chunk_size: int
 ) -> torch.Tensor:
-    """Log-probs of tokens [N] from hidden states [N, D], in chunks and without gradient -> [N]."""
+    """Return the log-probs [N] of tokens [N], from hidden states [N, D], without gradient."""
     weight, logprobs = head_weight(model, hidden.dtype), hidden.new_empty(len(hidden)).float()
     for first in range(0, len(hidden), chunk_size):
         chunk = slice(first, first + chunk_size)
@@ -94,7 +93,7 @@ def head_backward(
     head gets no gradient.
     """
     weight, compute_weight = model.get_output_embeddings().weight, head_weight(model, hidden.dtype)
-    trained, sharded = weight.requires_grad, isinstance(weight, dtensor.DTensor)
+    trained, sharded = weight.requires_grad, is_sharded(weight)
     if trained:
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
@@ -124,14 +123,7 @@ def head_backward(
         if trained:
             _add_product(total, logits, leaf[chunk])
     if trained and sharded:
-        mesh = weight.device_mesh
-        partial = dtensor.DTensor.from_local(
-            total, mesh, [dtensor.Partial()] * mesh.ndim, run_check=False
-        )
-        local = partial.redistribute(placements=weight.placements).to_local()
-        # Not DTensor.from_local: it would move an offloaded shard to the device that computes.
-        shard_grad = weight.grad.to_local()
-        shard_grad += local.to(shard_grad.device)
+        _add_shard(weight, total)
     hidden.backward(hidden_grad)
     # Read once: to read a number of a GPU waits for all that it was given to do.
     return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True)) if sums else {}
@@ -139,6 +131,18 @@ def head_backward(
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
     return torch.mm(hidden, weight.T, out=buffer[: len(hidden)])
+
+
+def _add_shard(weight: torch.Tensor, total: torch.Tensor) -> None:
+    """Add this rank's shard of the sum over ranks of `total` [V, D] to a sharded weight's .grad."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    mesh = weight.device_mesh
+    partial = DTensor.from_local(total, mesh, [Partial()] * mesh.ndim, run_check=False)
+    local = partial.redistribute(placements=weight.placements).to_local()
+    # Not DTensor.from_local: it would move an offloaded shard to the device that computes.
+    shard_grad = weight.grad.to_local()
+    shard_grad += local.to(shard_grad.device)
 
 
 def _add_product(total: torch.Tensor, logits_grad: torch.Tensor, hidden: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Models and tokenizers by path or hub id, and what must hold between two."""
+"""Models by path or hub id: whole, sharded over ranks, with adapters, or frozen."""
 
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,26 @@ from common.model.lora import BaseOf, add_adapters, set_adapters
 from common.model.shard import DTYPES, device_of, make_buffers, read_shards, shard
 from common.run.errors import UserError, check, one_line
 from common.run.inputs import model_path
-from common.run.lazy import transformers
-from common.tasks.data import prompt_text
 
 
-def _find(name: str) -> str:
-    """`name` as a path or hub id that exists. One question: the hub's loader retries for 30 s."""
+def load_pretrained(kind: str, name: str, **kwargs):
+    """Load transformers' AutoConfig, AutoTokenizer or AutoModelForCausalLM of a path or hub id."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        load = getattr(transformers, kind).from_pretrained
+        return load(find(name), trust_remote_code=False, **kwargs)  # None would ask on stdin
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file, a missing package, an unknown architecture ...
+        raise UserError(f"cannot load {name}: {one_line(error)}") from error
+
+
+def find(name: str) -> str:
+    """Return `name` as a path or hub id that exists. The hub is asked one question: its loader
+    would retry for 30 s."""
     path = model_path(name)
     if Path(path).exists():
         check((Path(path) / "config.json").is_file(), f"model folder {name} has no config.json")
@@ -27,202 +41,114 @@ def _find(name: str) -> str:
         if try_to_load_from_cache(path, "config.json") is None:
             HfApi().model_info(path, timeout=20)
     except Exception as error:  # a dozen types; each of them means that there is no model
-        refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
-        hint = "accept its licence on its page of the hub, and log in: hf auth login"
-        check(not refused, f"model {name} is gated, or does not exist: {hint}")
-        reason = one_line(error)
-        message = f"model {name} is neither a local folder nor a hub id that answers ({reason})"
-        raise UserError(message) from error
+        raise UserError(
+            f"model {name} is neither a local folder nor a hub id that answers "
+            f"({one_line(error)}); a gated one needs its licence accepted, and hf auth login"
+        ) from error
     return path
 
 
-def _load(kind: str, name: str, **kwargs):
-    """transformers' AutoConfig, AutoTokenizer or AutoModelForCausalLM of that name."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    path = _find(name)
-    try:
-        load = getattr(transformers, kind).from_pretrained
-        return load(path, trust_remote_code=False, **kwargs)  # False: None would ask on stdin
-    except Exception as error:  # a damaged file, a missing package, an unknown architecture ...
-        raise UserError(f"cannot load {name}: {one_line(error)}") from error
-
-
-def load_tokenizer(
-    name: str, teacher: str | None = None, chat_template: str | None = None
-) -> "transformers.PreTrainedTokenizerBase":
-    """The tokenizer of `name`; with the chat template of `chat_template`, a model or a .jinja file,
-    if one is given.
-
-    The teacher's, if one is given, must mean the same by every token: distillation compares
-    distributions token by token. A base model without a template is trained on its teacher's.
-    """
-    tokenizer = _load("AutoTokenizer", name)
-    if chat_template is not None:
-        tokenizer.chat_template = _read_template(chat_template)
-        try:
-            prompt_text(tokenizer, [{"role": "user", "content": "1+1"}])
-        except Exception as error:  # what a template raises is its own affair
-            reason = one_line(error)
-            message = f"--chat_template {chat_template} cannot be used: {reason}"
-            raise UserError(message) from error
-    theirs = None if teacher is None else _load("AutoTokenizer", teacher)
-    if theirs is not None and tokenizer.chat_template is None:
-        print(f"{name} has no chat template: it is trained on that of {teacher}")
-        tokenizer.chat_template = theirs.chat_template
-    check(
-        tokenizer.chat_template is not None,
-        f"{chat_template or name} has no chat template; name a .jinja file, or a model of the same "
-        "family that has one, with --chat_template",
-    )
-    check(tokenizer.eos_token_id is not None, f"the tokenizer of {name} has no EOS token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: masks go by length, never by token
-    if theirs is not None:
-        differing = len(dict(tokenizer.get_vocab().items() ^ theirs.get_vocab().items()))
-        check(
-            differing == 0,
-            f"teacher {teacher} and student {name} have different vocabularies ({differing} tokens "
-            "differ); choose two models of one family",
-        )
-        asked = [{"role": "user", "content": "1+1"}]
-        if theirs.chat_template and prompt_text(theirs, asked) != prompt_text(tokenizer, asked):
-            print(f"{name} and {teacher} have different chat templates: prompts are {name}'s")
-    return tokenizer
-
-
-def _read_template(source: str) -> str | None:
-    if not source.endswith(".jinja"):
-        return _load("AutoTokenizer", source).chat_template
-    try:
-        return Path(source).read_text()
-    except OSError as error:
-        raise UserError(f"cannot read --chat_template {source}: {error.strerror}") from error
-
-
-def lacks_chat_template(name: str) -> bool:
-    """Whether a model that is on this machine has none."""
-    path = model_path(name)
-    here = Path(path).exists() or try_to_load_from_cache(path, "tokenizer_config.json")
-    return bool(here) and _load("AutoTokenizer", name).chat_template is None
-
-
-def end_ids(tokenizer, *models) -> list[int]:
-    """Every id that ends a turn: the tokenizer's EOS, what the chat template writes behind an
-    answer, and those of the models' configs. A base model has another EOS than its instruct
-    siblings."""
-    ids = {tokenizer.eos_token_id}
-    turn = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
-    text = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("2")[2]
-    behind = tokenizer(text, add_special_tokens=False)["input_ids"][:1]
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ids |= special.intersection(behind)
-    for config in (c for model in models for c in (model.generation_config, model.config)):
-        listed = getattr(config, "eos_token_id", None)
-        ids |= set(listed) if isinstance(listed, list) else {listed}
-    return sorted(ids - {None})
-
-
-def share_end_ids(tokenizer, *models) -> None:
-    """Let what ends a turn of one model end those of all of them: a student that learns to write
-    its teacher's EOS would else never stop. Goes into what is saved of them."""
-    ids = end_ids(tokenizer, *models)
-    for model in models:
-        model.generation_config.eos_token_id = ids
-
-
-def check_shapes(args, *names: str) -> None:
-    """Positions that a model was not made for give nonsense, and no error; adapters may be wider
-    than a layer of the first model, which is trained."""
-    length = args.max_prompt_tokens + args.max_new_tokens
-    if getattr(args, "lora_rank", 0):
-        with torch.device("meta"):
-            config = _load("AutoConfig", names[0])
-            model = transformers.AutoModelForCausalLM.from_config(config)
-            add_adapters(model, args.lora_rank, args.lora_alpha)
+def check_shapes(*names: str, length: int, lora_rank: int = 0) -> None:
+    """Refuse prompts and completions of more tokens together than a model has positions for, which
+    would give nonsense and no error, and adapters wider than a layer of the first model."""
+    if lora_rank:
+        _empty_model(names[0], torch.float32, lora_rank)
     for name in names:
-        limit = _load("AutoConfig", name).get_text_config().max_position_embeddings
+        config = load_pretrained("AutoConfig", name).get_text_config()
         check(
-            length <= limit,
+            length <= config.max_position_embeddings,
             f"--max_prompt_tokens and --max_new_tokens are {length} together, and {name} takes at "
-            f"most {limit} tokens",
+            f"most {config.max_position_embeddings} tokens",
         )
 
 
-def _make_savable(config: "transformers.GenerationConfig") -> None:
-    """Published ones hold a temperature for greedy decoding, which save_pretrained refuses: at the
-    end of training. None of these settings is used here."""
-    try:
-        config.validate(strict=True)
-    except ValueError:
-        ids = {n: v for n, v in config.to_diff_dict().items() if n.endswith("_token_id")}
-        config.__dict__.update(transformers.GenerationConfig(**ids).__dict__)
+def _empty_model(name: str, dtype: torch.dtype, lora_rank: int):
+    """Make a model without memory for its weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        config = load_pretrained("AutoConfig", name)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if lora_rank:
+            add_adapters(model, lora_rank)
+    return model
 
 
-def load_model(
-    name: str, dtype: str, device: torch.device, trainable: bool = False
-) -> "transformers.PreTrainedModel":
-    """A causal language model: float32 weights if trainable, whatever `dtype`; else in it."""
+def load_model(name: str, dtype: str, device: torch.device, trainable: bool = False):
+    """Load a causal language model: float32 weights if trainable, whatever `dtype`; else in it."""
     weights_dtype = torch.float32 if trainable else DTYPES[dtype]
     kwargs = {"dtype": weights_dtype, "use_safetensors": True}  # a pickle could run code
-    model = _load("AutoModelForCausalLM", name, **kwargs).to(device)
+    model = load_pretrained("AutoModelForCausalLM", name, **kwargs).to(device)
     model.requires_grad_(trainable)
-    _make_savable(model.generation_config)
+    _make_savable(model)
     model.eval()  # never train(): dropout would make the sampled and the trained policy differ
     _check_head(model, name)
     return model
 
 
 def load_for_training(
-    name: str, args, device: torch.device, trainable: bool = False
-) -> "transformers.PreTrainedModel":
-    """As load_model; where there are ranks, sharded over them by FSDP2. Each rank reads its part of
-    each tensor from the files: no whole copy is held anywhere. With --lora_rank what is trainable
-    are adapters, and the rest is frozen in the compute type."""
-    adapted = trainable and args.lora_rank > 0
+    name: str, args, device: torch.device, *, trainable: bool = False, flops_role: str = "policy"
+):
+    """Load a model as load_model does; where there are ranks, sharded over them by FSDP2. Each rank
+    reads its part of each tensor from the files: no whole copy is held anywhere. With --lora_rank
+    what is trainable are adapters, and the rest is frozen in the compute type.
+
+    flops_role: what its FLOPs count for, the policy or the teacher.
+    """
+    lora_rank = args.lora_rank if trainable else 0
     if dist.is_initialized():
-        model = _load_sharded(name, args, device, trainable, adapted)
+        model = _load_sharded(name, args, device, trainable, lora_rank)
     else:
-        model = load_model(name, args.dtype, device, trainable and not adapted)
-        if adapted:
-            add_adapters(model, args.lora_rank, args.lora_alpha)
+        model = load_model(name, args.dtype, device, trainable and not lora_rank)
+        if lora_rank:
+            add_adapters(model, lora_rank)
             set_adapters(model, args.seed)
         _recompute_activations(model, args)
-    frozen_teacher = not trainable and name == getattr(args, "teacher", None)
-    model.flops_role = "teacher" if frozen_teacher else "policy"
+    model.flops_role = flops_role
     return model
 
 
 def load_reference(model, args, device: torch.device):
-    """The frozen policy that a run begins from: a copy, or `model` with its adapters off."""
+    """Return the frozen policy that a run begins from: a copy, or `model` with its adapters off."""
     return BaseOf(model) if args.lora_rank else load_for_training(args.model, args, device)
 
 
-def _load_sharded(
-    name: str, args, device: torch.device, trainable: bool, adapted: bool
-) -> "transformers.PreTrainedModel":
-    config = _load("AutoConfig", name)
-    with torch.device("meta"):
-        dtype = torch.float32 if trainable and not adapted else DTYPES[args.dtype]
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+def _load_sharded(name: str, args, device: torch.device, trainable: bool, lora_rank: int):
+    from transformers import GenerationConfig
+
+    dtype = torch.float32 if trainable and not lora_rank else DTYPES[args.dtype]
+    model = _empty_model(name, dtype, lora_rank)
     model.name_or_path = model_path(name)
     try:
-        model.generation_config = transformers.GenerationConfig.from_pretrained(model_path(name))
+        model.generation_config = GenerationConfig.from_pretrained(model_path(name))
     except OSError:  # not every folder has one
-        model.generation_config = transformers.GenerationConfig.from_model_config(config)
-    _make_savable(model.generation_config)
-    model.requires_grad_(trainable).eval()
-    if adapted:
-        add_adapters(model, args.lora_rank, args.lora_alpha)
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+    _make_savable(model)
+    if not lora_rank:
+        model.requires_grad_(trainable)
+    model.eval()
     _recompute_activations(model, args)
-    shard(model, args, device)
+    shard(model, args.dtype, args.cpu_offload, device)
     model.to_empty(device="cpu" if args.cpu_offload else device)
-    read_shards(model, _find(name))
-    if adapted:
+    read_shards(model, find(name))
+    if lora_rank:
         set_adapters(model, args.seed)
     make_buffers(model, device)
     _check_head(model, name)
     return model
+
+
+def _make_savable(model) -> None:
+    """Keep only the token ids of a generation config that save_pretrained would refuse, at the end
+    of training: published ones hold a temperature for greedy decoding. None of it is used here."""
+    from transformers import GenerationConfig
+
+    config = model.generation_config
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        ids = {n: v for n, v in config.to_diff_dict().items() if n.endswith("_token_id")}
+        config.__dict__.update(GenerationConfig(**ids).__dict__)
 
 
 def _recompute_activations(model, args) -> None:
@@ -236,7 +162,8 @@ def _recompute_activations(model, args) -> None:
 
 @torch.no_grad()
 def _check_head(model, name: str) -> None:
-    """The chunked head is hidden @ W.T: a model that scales or caps logits would train wrong."""
+    """Refuse a model that scales or caps its logits: the chunked head, hidden @ W.T, would train it
+    wrong."""
     ids = torch.arange(4, device=device_of(model))[None]
     expected = model(input_ids=ids, use_cache=False).logits[0]
     hidden = hidden_states(model, ids, torch.ones_like(ids, dtype=torch.bool))

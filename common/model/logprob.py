@@ -153,7 +153,7 @@ def backward_triton(logits, tokens, largest, log_sum, grad, temperature, out) ->
 
 
 def likeliest(x: torch.Tensor, k: int, block: int = 64) -> torch.return_types.topk:
-    """x.topk(k) of each row, [R, V] -> values and indices [R, k], in one pass over a large
+    """Return x.topk(k) of each row, [R, V] -> values and indices [R, k], in one pass over a large
     vocabulary: the k largest stand in the k blocks with the largest maxima."""
     num_words = x.shape[-1]
     if num_words < 4 * k * block:

@@ -1,34 +1,33 @@
-"""LoRA (arXiv 2106.09685): small trained matrices beside frozen ones, and what they come to.
+"""LoRA (arXiv 2106.09685): small trained matrices beside frozen ones, and their sums.
 
 A linear layer with weight W [out, in] computes x W^T + (alpha / R) (x A^T) B^T, with A [R, in] and
-B [out, R] in float32. W stays as it was loaded, to the bit: engines and files get
+B [out, R] in float32, and alpha 32. W stays as it was loaded, to the bit: engines and files get
 W + (alpha / R) B A, made in float32 and rounded once, and nothing is ever written back. B begins at
 0, so that the adapted model begins as the base.
 """
 
 import contextlib
-import json
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
 from common.model.shard import ADAPTERS, copy_rows, full_weight
 from common.run.errors import check
 
+ALPHA = 32.0
+
 
 class LoRALinear(nn.Linear):
     """A frozen linear layer with adapters."""
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+    def __init__(self, linear: nn.Linear, rank: int):
         nn.Module.__init__(self)  # nothing is allocated: the weight is the given layer's
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.scale, self.adapted = alpha / rank, True
+        self.scale, self.adapted = ALPHA / rank, True
         place = {"dtype": torch.float32, "device": linear.weight.device}
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **place))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, **place))
@@ -41,7 +40,7 @@ class LoRALinear(nn.Linear):
         return out + self.scale * F.linear(inner, self.lora_B.to(x.dtype))
 
     def merged(self, dtype: torch.dtype) -> torch.Tensor:
-        """W + (alpha / R) B A, whole."""
+        """Return W + (alpha / R) B A, whole."""
         parameters = (self.weight, self.lora_A, self.lora_B)
         weight, a, b = (full_weight(parameter, torch.float32) for parameter in parameters)
         return torch.addmm(weight, b, a, alpha=self.scale).to(dtype)
@@ -51,7 +50,7 @@ def layers_of(model) -> dict[str, LoRALinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def add_adapters(model, rank: int, alpha: float) -> None:
+def add_adapters(model, rank: int) -> None:
     """Freeze the model, and give every linear layer of its decoder adapters (never the head). They
     hold nothing yet: set_adapters."""
     model.requires_grad_(False)
@@ -61,13 +60,13 @@ def add_adapters(model, rank: int, alpha: float) -> None:
     for name, linear in found.items():
         width = min(linear.weight.shape)
         check(rank <= width, f"--lora_rank {rank} is above the width of {name}, {width}")
-        decoder.set_submodule(name, LoRALinear(linear, rank, alpha))
+        decoder.set_submodule(name, LoRALinear(linear, rank))
 
 
 @torch.no_grad()
 def set_adapters(model, seed: int) -> None:
-    """The adapters at the start: A uniform in +-1/sqrt(in), as peft's; B 0. The same at any number
-    of ranks."""
+    """Fill the adapters: A uniform in +-1/sqrt(in), as peft does, B with 0. They are the same at
+    any number of ranks."""
     for name, layer in layers_of(model).items():
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         values = torch.rand(layer.lora_A.shape, generator=generator)
@@ -101,12 +100,12 @@ class BaseOf:
 
 
 def weight_names(model) -> list[str]:
-    """The parameters of the model as others know it: without adapters. Tied ones come once."""
+    """List the parameters of the model as others know it: without adapters, tied ones once."""
     return [name for name, _ in model.named_parameters() if not name.endswith(ADAPTERS)]
 
 
 def whole_weight(model, name: str, dtype: torch.dtype) -> torch.Tensor:
-    """A parameter whole and in `dtype`, its adapters merged."""
+    """Return a parameter whole and in `dtype`, its adapters merged."""
     owner, _, kind = name.rpartition(".")
     layer = model.get_submodule(owner)
     if isinstance(layer, LoRALinear) and kind == "weight":
@@ -115,29 +114,6 @@ def whole_weight(model, name: str, dtype: torch.dtype) -> torch.Tensor:
 
 
 def whole_weights(model, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each parameter by name, one at a time: a sharded model is never gathered at once."""
+    """Yield each parameter by name: a sharded model is gathered one at a time."""
     for name in weight_names(model):
         yield name, whole_weight(model, name, dtype)
-
-
-def save_adapter(model, folder: Path, writes: bool) -> None:
-    """The adapters as peft.PeftModel.from_pretrained(base model, folder) reads them. All ranks call
-    it; the one that `writes` writes."""
-    layers = layers_of(model)
-    tensors = {}
-    for name, layer in layers.items():
-        for kind in ADAPTERS:
-            whole = full_weight(getattr(layer, kind), torch.float32)
-            if writes:
-                tensors[f"base_model.model.{name}.{kind}.weight"] = whole.cpu().contiguous()
-    if not writes:
-        return
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    first = next(iter(layers.values()))
-    rank = len(first.lora_A)
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "lora_dropout": 0.0, "bias": "none"}
-    config |= {"r": rank, "lora_alpha": first.scale * rank}
-    config["base_model_name_or_path"] = model.name_or_path
-    config["target_modules"] = sorted({name.rpartition(".")[2] for name in layers})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))

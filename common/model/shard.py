@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,30 +11,37 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from common.run.errors import check
-from common.run.lazy import dtensor, fsdp, transformers
 from common.run.ranks import num_ranks, rank
 
 ADAPTERS = ("lora_A", "lora_B")  # of a layer of common.model.lora
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def is_sharded(parameter: torch.Tensor) -> bool:
+    from torch.distributed.tensor import DTensor  # slow to import: not for --help
+
+    return isinstance(parameter, DTensor)
+
+
 def device_of(model) -> torch.device:
-    """Where it computes: --cpu_offload keeps a model's shards elsewhere."""
+    """Return the device that computes: --cpu_offload keeps a model's shards elsewhere."""
     weight = model.get_output_embeddings().weight
-    sharded = isinstance(weight, dtensor.DTensor)
-    kind = weight.device_mesh.device_type if sharded else weight.device.type
+    kind = weight.device_mesh.device_type if is_sharded(weight) else weight.device.type
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else weight.device
 
 
 # === shard ===
 
 
-def shard(model, args, device: torch.device) -> None:
-    """FSDP2: a group of parameters for each decoder layer, and one for the rest, where embedding
-    and head are, which may be tied. They are gathered as `dtype`, gradients summed in float32."""
+def shard(model, dtype: str, cpu_offload: bool, device: torch.device) -> None:
+    """Shard by FSDP2: a group of parameters for each decoder layer, and one for the rest, where
+    embedding and head are, which may be tied. They are gathered as `dtype`, gradients summed in
+    float32."""
+    from torch.distributed import fsdp
+
     options = {"mesh": init_device_mesh(device.type, (num_ranks(),)), "reshard_after_forward": True}
-    options |= {"mp_policy": fsdp.MixedPrecisionPolicy(DTYPES[args.dtype], torch.float32)}
-    if args.cpu_offload:
+    options |= {"mp_policy": fsdp.MixedPrecisionPolicy(DTYPES[dtype], torch.float32)}
+    if cpu_offload:
         options |= {"offload_policy": fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda")}
     for module in (*model.get_decoder().layers, model):
         fsdp.fully_shard(module, **options)
@@ -47,8 +54,8 @@ def shard(model, args, device: torch.device) -> None:
 
 @torch.no_grad()
 def read_shards(model, path: str) -> None:
-    """This rank's rows of each parameter, from the safetensors files at a path or hub id. Adapters
-    are in no file of a model."""
+    """Read this rank's rows of each parameter from the safetensors files at a path or hub id.
+    Adapters are in no file of a model."""
     files = _weight_files(path)
     parameters = {n: p for n, p in model.named_parameters() if not n.endswith(ADAPTERS)}
     missing = [name for name in parameters if name not in files]
@@ -66,17 +73,18 @@ def read_shards(model, path: str) -> None:
 
 def copy_rows(parameter: torch.Tensor, whole) -> None:
     """Fill a parameter, or this rank's rows of it, from a whole tensor (or a slice of a file)."""
-    shard = parameter.to_local() if isinstance(parameter, dtensor.DTensor) else parameter
-    first = 0
-    if isinstance(parameter, dtensor.DTensor):
+    shard, first = parameter, 0
+    if is_sharded(parameter):
+        shard = parameter.to_local()
         first = min(len(parameter), rank() * -(-len(parameter) // num_ranks()))
     if len(shard) > 0:
         shard.copy_(whole[first : first + len(shard)])
 
 
 def _weight_files(path: str) -> dict[str, str]:
-    """Tensor -> file."""
-    find = transformers.utils.cached_file
+    """Map each tensor to its file."""
+    from transformers.utils import cached_file as find
+
     missing_is_none = {"_raise_exceptions_for_missing_entries": False}
     index = find(path, "model.safetensors.index.json", **missing_is_none)
     if index is not None:
@@ -90,7 +98,7 @@ def _weight_files(path: str) -> dict[str, str]:
 
 
 def make_buffers(model, device: torch.device) -> None:
-    """Rotary frequencies, which are in no file: computed again, as the module does."""
+    """Compute rotary frequencies, which are in no file, as the module does."""
     for owner in {name.rpartition(".")[0] for name, _ in model.named_buffers()}:
         module = model.get_submodule(owner)
         fresh = type(module)(module.config)
@@ -101,28 +109,26 @@ def make_buffers(model, device: torch.device) -> None:
 # === gather ===
 
 
-def full_weight(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A parameter in `dtype`, without gradient; a sharded one is gathered, on the device that
-    computes (--cpu_offload keeps the shards in host memory)."""
-    weight = parameter.detach()
-    if not isinstance(weight, dtensor.DTensor):
+def full_weight(parameter: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return a parameter in `dtype` (None: its own), without gradient; a sharded one is gathered,
+    on the device that computes (--cpu_offload keeps the shards in host memory)."""
+    weight, dtype = parameter.detach(), dtype or parameter.dtype
+    if not is_sharded(weight):
         return weight.to(dtype)
-    local = weight.to_local().to(weight.device_mesh.device_type, dtype)
-    return _like(weight, local).full_tensor()
+    from torch.distributed.tensor import DTensor
 
-
-def _like(weight: "dtensor.DTensor", local: torch.Tensor) -> "dtensor.DTensor":
-    """`local` as this rank's shard of a tensor that is sharded as `weight` is."""
-    whole = {"shape": weight.shape, "stride": weight.stride()}
-    placements = weight.placements
-    return dtensor.DTensor.from_local(
-        local, weight.device_mesh, placements, run_check=False, **whole
-    )
+    mesh, whole = weight.device_mesh, {"shape": weight.shape, "stride": weight.stride()}
+    local = weight.to_local().to(mesh.device_type, dtype)
+    return DTensor.from_local(
+        local, mesh, weight.placements, run_check=False, **whole
+    ).full_tensor()
 
 
 @contextlib.contextmanager
 def gathered(model) -> Iterator[None]:
-    """The whole model on each rank, for sampling: then ranks need not decode in step."""
+    """Hold the whole model on each rank, for sampling: then ranks need not decode in step."""
+    from torch.distributed import fsdp
+
     groups = [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
     for module in groups:
         module.set_reshard_after_forward(False, recurse=False)
@@ -138,19 +144,8 @@ def gathered(model) -> Iterator[None]:
 # === gradients ===
 
 
-def accumulating(model, batches: Iterable, args) -> Iterator:
-    """The micro-batches of one optimizer step. With --keep_gradients their gradients are added up
-    whole, on the device; their sum over ranks, and their way to host memory, waits for the last."""
-    batches = list(batches)
-    for number, batch in enumerate(batches, 1):
-        if isinstance(model, fsdp.FSDPModule):
-            is_last = number == len(batches)
-            model.set_requires_gradient_sync(is_last or not args.keep_gradients)
-        yield batch
-
-
 def clip_grad_norm(model, limit: float) -> float:
-    """Scale the gradients down to a norm of `limit` over all parameters and ranks; returns the norm
+    """Scale the gradients down to a norm of `limit` over all parameters and ranks; return the norm
     before."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
     return full_weight(norm, torch.float32).item()

@@ -16,17 +16,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.run.atomic_files import replace_folder, write_json, writing
 from common.run.errors import UserError, one_line
-from common.run.lazy import checkpointing
+from common.run.folder import replace_folder, write_json, writing
 from common.run.ranks import num_ranks, on_first_rank
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest one in `folder` that is whole; damaged ones are put aside."""
+    """Return the newest one in `folder` that is whole; damaged ones are put aside."""
     for step in reversed(_steps(folder)):
         path = folder / f"step_{step}"
-        problem = what_is_damaged(path)
+        problem = find_damage(path)
         if problem is None:
             return path
         print(f"warning: {path} is damaged ({problem}); going back", file=sys.stderr)
@@ -39,8 +38,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def save_checkpoint(
     folder: Path, progress: dict[str, object], model, optimizer, keep_checkpoints: int
 ) -> None:
-    """Model, optimizer and `progress` after a completed step, as folder/step_N; then remove all but
-    the newest `keep_checkpoints`. Every rank calls it and writes its shards."""
+    """Save model, optimizer and `progress` after a completed step as folder/step_N; then remove all
+    but the newest `keep_checkpoints`. Every rank calls it and writes its shards."""
     path = folder / f"step_{progress['step']}"
     temporary = path.with_name(path.name + ".tmp")
 
@@ -59,10 +58,12 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, model, optimizer) -> None:
-    """Into model, optimizer (see prepare_state) and the CPU's random number generator."""
+    """Load into model, optimizer (see prepare_state) and the CPU's random number generator."""
+    from torch.distributed.checkpoint import CheckpointException
+
     try:
         read_tensors(path, training_state(model, optimizer))
-    except checkpointing.CheckpointException as error:
+    except CheckpointException as error:
         message = f"{path} is not of this model and this version of the code"
         raise UserError(f"{message}; choose another --output_dir") from error
     torch.set_rng_state(load_file(path / "rng.safetensors")["cpu"])
@@ -85,8 +86,8 @@ def checksums(folder: Path) -> dict[str, str]:
     return sums
 
 
-def what_is_damaged(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, if anything is."""
+def find_damage(folder: Path) -> str | None:
+    """Describe the damage of a checkpoint; None if it is whole."""
     try:
         expected = json.loads((folder / "checksums.json").read_text())
         found = checksums(folder)
@@ -103,7 +104,8 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 
 def training_state(model, optimizer) -> dict[str, torch.Tensor]:
-    """What training changes, by name: parameters and optimizer state, sharded as they are."""
+    """Return all that training changes, by name: parameters and optimizer state, sharded as they
+    are."""
     names = {p: name for name, p in model.named_parameters() if p.requires_grad}
     return {name: parameter.detach() for parameter, name in names.items()} | {
         f"optimizer/{names[parameter]}/{key}": value
@@ -124,15 +126,19 @@ def prepare_state(optimizer) -> None:
 
 
 def write_tensors(folder: Path, state: dict[str, torch.Tensor]) -> None:
-    """torch's distributed checkpoint as safetensors: its default format would unpickle. A file is
-    made in memory first, so there is one for every 4 GB."""
+    """Write torch's distributed checkpoint as safetensors: its default format would unpickle. A
+    file is made in memory first, so there is one for every 4 GB."""
+    from torch.distributed import checkpoint
+
     ends = accumulate(tensor.numel() * tensor.element_size() for tensor in state.values())
     files = {name: 1 + int(end // 4e9) for name, end in zip(state, ends, strict=True)}
-    writer = checkpointing.HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
-    checkpointing.save(state, storage_writer=writer, no_dist=num_ranks() == 1)
+    writer = checkpoint.HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
+    checkpoint.save(state, storage_writer=writer, no_dist=num_ranks() == 1)
 
 
 def read_tensors(folder: Path, state: dict[str, torch.Tensor]) -> None:
-    """Into the tensors of `state`, however many ranks have written and are reading."""
-    reader = checkpointing.HuggingFaceStorageReader(str(folder))
-    checkpointing.load(state, storage_reader=reader, no_dist=num_ranks() == 1)
+    """Read into the tensors of `state`, however many ranks have written and are reading."""
+    from torch.distributed import checkpoint
+
+    reader = checkpoint.HuggingFaceStorageReader(str(folder))
+    checkpoint.load(state, storage_reader=reader, no_dist=num_ranks() == 1)

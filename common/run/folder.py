@@ -1,4 +1,4 @@
-"""A run's folder: who may write to it, and what its config.json says.
+"""A run's folder: who may write to it, and files that are whole or not there.
 
 DIR/config.json           the Args, package versions, git commit, fingerprints of the data
 DIR/metrics.jsonl         one object a step; TensorBoard events in DIR/tensorboard
@@ -8,6 +8,7 @@ DIR/final/                the trained model, as save_pretrained leaves it
 DIR/manifest.json         written last: only this says that the run is finished
 """
 
+import contextlib
 import fcntl
 import io
 import json
@@ -16,36 +17,32 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
-from common.run.atomic_files import write_json
-from common.run.errors import UserError, check
-from common.run.inputs import ROOT, of_code
+from common.run.errors import RunFailure, UserError, check, one_line
+from common.run.inputs import ROOT, hash_of_code
+from common.run.process import MAY_CHANGE, marks_of
 
-# These say how a run is watched and where it fits, not what it computes: they may differ when it is
-# resumed.
-MAY_CHANGE = {
-    *("environment", "output_dir", "track", "checkpoint_every", "keep_checkpoints", "save_dtype"),
-    *("skip_nonfinite", "micro_batch_tokens", "activation_checkpointing", "cpu_offload"),
-    *("keep_gradients", "tensor_parallel", "vllm_gpu_memory", "enforce_eager", "gpu_memory_gb"),
-}
+# === who may write ===
 
 
-def claim_folder(folder: Path, config: dict[str, object]) -> None:
+def claim_folder(folder: Path, config: dict[str, object], args_type: type) -> None:
     """Make `folder` and its config.json; one of the same config may be there already.
 
     Raises UserError, and touches nothing, if the folder holds a run of another config, naming the
-    differences, or anything else.
+    differences, or anything else. Flags of `args_type` marked MAY_CHANGE may differ.
     """
     path, config = folder / "config.json", json.loads(json.dumps(config, default=str))
     if path.exists():
         old = json.loads(path.read_text())
         differences = [
             f"{key}: {old.get(key)} there, {config.get(key)} here"
-            for key in sorted((old.keys() | config.keys()) - MAY_CHANGE)
+            for key in sorted((old.keys() | config.keys()) - may_change(args_type))
             if old.get(key) != config.get(key)
         ]
         message = f"{folder} holds a run of another config ({'; '.join(differences)})"
@@ -61,8 +58,15 @@ def claim_folder(folder: Path, config: dict[str, object]) -> None:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from error
 
 
+def may_change(args_type: type) -> set[str]:
+    """Return the keys of config.json that may differ when a run is resumed."""
+    flags = {name for name, marks in marks_of(args_type).items() if MAY_CHANGE in marks}
+    return flags | {"environment"}
+
+
 def lock_folder(folder: Path) -> io.TextIOBase:
-    """A lock that lasts as long as the returned file is open, and no longer than its process."""
+    """Take a lock that lasts as long as the returned file is open, and no longer than its
+    process."""
     file = open(folder / "lock", "w")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,7 +79,7 @@ def lock_folder(folder: Path) -> io.TextIOBase:
 
 
 def environment() -> dict[str, str]:
-    """What a result depends on beside its Args."""
+    """Return what a result depends on beside its Args."""
     names = ("torch", "transformers", "tokenizers", "datasets", "math-verify")
     versions = {name: version(name) for name in names}
     commit = ""
@@ -83,7 +87,7 @@ def environment() -> dict[str, str]:
         git = ["git", "rev-parse", "HEAD"]
         commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     setting = {"machine": machine(), "python": sys.version.split()[0], **versions}
-    return setting | {"git_commit": commit or "not a git checkout", "source_hash": of_code()}
+    return setting | {"git_commit": commit or "not a git checkout", "source_hash": hash_of_code()}
 
 
 def machine() -> str:
@@ -95,3 +99,55 @@ def machine() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return ", ".join([f"{os.cpu_count()} cores ({model})", f"{memory:.0f} GiB", *gpus])
+
+
+# === files that are whole or not there ===
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` so that `path` holds either its old content or all of the new, whenever the
+    process or the machine dies."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_to_disk(path.parent)
+
+
+def sync_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def write_json(path: Path, value: object) -> None:
+    write_atomic(path, json.dumps(value, indent=1, default=str) + "\n")
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Make the finished folder `temporary` appear as `folder` in one step."""
+    for path in (*temporary.rglob("*"), temporary):
+        sync_to_disk(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    sync_to_disk(folder.parent)
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn a full disk, or one that went away, into a RunFailure of one line."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunFailure(f"cannot write to {folder}: {one_line(error)}") from error
+    except CheckpointException as error:
+        first = next(cause for cause, _ in error.failures.values())
+        raise RunFailure(f"cannot write to {folder}: {one_line(first)}") from error

@@ -1,4 +1,4 @@
-"""How a script starts and stops: the command line, signals, exit codes."""
+"""The start and the end of a script: its command line, signals and exit codes."""
 
 import contextlib
 import io
@@ -8,6 +8,8 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import get_type_hints
 
 import torch.distributed as dist
 import tyro
@@ -50,8 +52,32 @@ def start(main: Callable, args_type: type, description: str) -> None:
         os._exit(0)  # a group's threads were seen to abort the interpreter's own way out
 
 
+# === flags ===
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a flag may be: finite ones above 0, and 0 too where it means "off"."""
+
+    zero_allowed: bool
+
+
+POSITIVE, NOT_NEGATIVE = Range(zero_allowed=False), Range(zero_allowed=True)
+# Of a flag that says how a run is watched or where it fits, not what it computes: it may differ
+# when the run is resumed.
+MAY_CHANGE = "may change"
+# Of a flag that names a model, or a dataset or other file: a run is of their contents.
+MODEL, DATA = "names a model", "names data"
+
+
+def marks_of(args_type: type) -> dict[str, tuple]:
+    """Return what is written at each field of an Args: Annotated[int, POSITIVE, MAY_CHANGE]."""
+    hints = get_type_hints(args_type, include_extras=True)
+    return {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+
+
 def parse(args_type: type, description: str):
-    """The command line as `args_type`; tyro's box of several lines becomes a UserError."""
+    """Parse the command line; tyro's box of several lines becomes a UserError."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -61,6 +87,17 @@ def parse(args_type: type, description: str):
             raise
         words = re.sub(r"[^\x20-\x7e]|(?<=\s)[-|+]+(?=\s)|---+", " ", box.getvalue())
         raise UserError(f"{' '.join(words.split())[:400]} (--help lists every flag)") from None
+
+
+def check_ranges(args) -> None:
+    """Refuse numbers that can only be a slip: zero or negative sizes and rates, infinities, NaN."""
+    for name, marks in marks_of(type(args)).items():
+        value = getattr(args, name)
+        for mark in marks:
+            if isinstance(mark, Range) and value is not None:
+                valid = math.isfinite(value) and (value > 0 or (mark.zero_allowed and value == 0))
+                low = "0 or above" if mark.zero_allowed else "above 0"
+                check(valid, f"--{name} is {value}; it must be {low}")
 
 
 # === signals ===
@@ -75,7 +112,7 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """What to do at SIGTERM and SIGINT: in a training loop wait for the next phase boundary, else
+    """The answer to SIGTERM and SIGINT: in a training loop wait for the next phase boundary, else
     stop; at the second signal exit at once."""
 
     number: int | None = None  # of the signal that waits to be obeyed
@@ -91,34 +128,3 @@ class StopRequest:
 
 
 STOP = StopRequest()  # signal handlers belong to the process
-
-
-# === ranges ===
-
-POSITIVE = (
-    *("num_steps", "prompts_per_step", "group_size", "max_new_tokens", "max_prompt_tokens"),
-    *("temperature", "learning_rate", "max_grad_norm", "micro_batch_tokens", "chunk_size"),
-    *("num_epochs", "num_minibatches", "keep_checkpoints", "topk_size"),
-    *("num_problems", "num_samples", "jobs", "gpu_memory_gb", "grade_timeout", "lora_alpha"),
-    *("gpu_tflops", "mfu"),
-)
-NOT_NEGATIVE = (
-    *("seed", "warmup_steps", "weight_decay", "checkpoint_every", "eval_every", "max_refills"),
-    *("kl_coef", "clip_low", "clip_high", "importance_cap", "top_k"),
-    *("stop_at_tokens", "stop_at_flops", "overlong_buffer", "lora_rank"),
-)
-
-
-def check_ranges(args, zero_allowed: tuple[str, ...] = ()) -> None:
-    """Numbers that can only be a slip: zero or negative sizes and rates, infinities, NaN."""
-    for name in (*POSITIVE, *NOT_NEGATIVE):
-        value = getattr(args, name, None)
-        if value is not None:
-            may_be_zero = name in NOT_NEGATIVE or name in zero_allowed
-            valid = math.isfinite(value) and (value > 0 or (may_be_zero and value == 0))
-            low = "0 or above" if may_be_zero else "above 0"
-            check(valid, f"--{name} is {value}; it must be {low}")
-    warmup, steps = getattr(args, "warmup_steps", 0), getattr(args, "num_steps", None)
-    if steps and warmup > steps:
-        share = f"{steps / warmup:.0%} of --learning_rate"
-        print(f"--warmup_steps {warmup} is above --num_steps {steps}: the rate ends at {share}")

@@ -24,7 +24,7 @@ def num_ranks() -> int:
 
 
 def resolve_device(device: str) -> torch.device:
-    """auto takes a GPU if there is one; under torchrun each rank of a machine its own."""
+    """Resolve --device: auto takes a GPU if there is one; each rank of a machine its own."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     check(torch.cuda.is_available(), "--device cuda, but torch sees no GPU; use --device cpu")
@@ -34,32 +34,30 @@ def resolve_device(device: str) -> torch.device:
     return torch.device("cuda", local)
 
 
-def join_ranks(args) -> torch.device:
-    """This process's device. Under torchrun it joins the other ranks first, and the ranks after the
-    first print nothing.
+def join_ranks(device: str, dtype: str = "float32", cpu_offload: bool = False) -> torch.device:
+    """Return this process's device. Under torchrun it joins the other ranks first, and the ranks
+    after the first print nothing.
 
     A trainer's model is sharded on a single rank too with --cpu_offload, and in bfloat16: FSDP2
     computes in bfloat16 over float32 weights (pure bfloat16 ones do not move at a rate of 1e-6), so
     that policy and frozen models compute alike on any number of ranks. Autocast would not: it keeps
     the policy's residual stream in float32.
     """
-    device, launched = resolve_device(args.device), "WORLD_SIZE" in os.environ
-    trains = hasattr(args, "cpu_offload")
-    shards = trains and (args.cpu_offload or args.dtype == "bfloat16")
-    if (launched or shards) and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    place, launched = resolve_device(device), "WORLD_SIZE" in os.environ
+    if (launched or cpu_offload or dtype == "bfloat16") and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
         alone = {} if launched else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
         # Ranks wait for one another's rollouts, which may take far longer than NCCL's 10 minutes.
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2), **alone)
-    if launched and trains and args.cpu_offload:  # torchrun leaves one thread for the update
+    if launched and cpu_offload:  # torchrun leaves one thread for the update
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    return device
+    return place
 
 
 def sum_over_ranks(value: float) -> float:
-    """The same on all ranks, exact for counts."""
+    """Return the sum, the same on all ranks; exact for counts."""
     if num_ranks() == 1:
         return value
     total = torch.tensor(value, dtype=torch.float64)
@@ -76,7 +74,7 @@ def max_over_ranks(value: int) -> int:
 
 
 def sum_dicts_over_ranks(sums: dict[str, float]) -> dict[str, float]:
-    """Key by key; a rank without work has no keys."""
+    """Sum key by key; a rank without work has no keys."""
     total: Counter = Counter()
     for of_rank in gather([sums]):
         total.update(of_rank)
@@ -84,7 +82,7 @@ def sum_dicts_over_ranks(sums: dict[str, float]) -> dict[str, float]:
 
 
 def gather(items: list) -> list:
-    """The items of all ranks, in their order, on each of them."""
+    """Return the items of all ranks, in their order, on each of them."""
     if num_ranks() == 1:
         return items
     parts: list = [None] * num_ranks()
@@ -93,7 +91,7 @@ def gather(items: list) -> list:
 
 
 def share_of(items: list, number: int, count: int) -> tuple[int, list]:
-    """The number-th of `count` slices of a list that all ranks hold, and where it begins."""
+    """Return where the number-th of `count` slices of a list begins, and the slice."""
     first, end = (len(items) * (number + i) // count for i in (0, 1))
     return first, items[first:end]
 
@@ -108,7 +106,7 @@ def on_first_rank(function: Callable):
 
 
 def on_first_of_host(function: Callable[[list], list], items: list) -> list:
-    """`function` over the items of all ranks of a machine, called by the first of them only; each
+    """Call `function` over the items of all ranks of a machine, on the first of them only; each
     rank gets the results of its own items."""
     if num_ranks() == 1:
         return function(items)

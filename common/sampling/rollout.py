@@ -1,7 +1,7 @@
-"""A rollout: one prompt with one completion, its verdict, and what is logged and saved of it.
+"""A rollout: a prompt with a completion, its verdict, and what is logged and saved of it.
 
-Token ids in, token ids out. Text is decoded for the verifier and for people, and never encoded
-again, but for the given completions of --rollouts that hold no ids.
+Token ids go in and come out. Text is decoded for the verifier and for people, and never encoded
+again, except completions from a file (--rollouts) that has no token ids.
 """
 
 import statistics
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from common.model.load import end_ids
+from common.model.tokenizer import end_ids
 from common.run.errors import check
 from common.run.ranks import gather, on_first_rank
 from common.tasks.data import Prompt, is_unicode, read_jsonl
@@ -19,28 +19,28 @@ from common.tasks.task import OUTCOMES, Problem, Task, Verdict
 
 @dataclass(eq=False)
 class Rollout:
-    """One prompt with one sampled completion."""
+    """A prompt with a sampled completion of T tokens."""
 
     prompt_ids: list[int]
-    completion_ids: list[int]  # ends with the EOS token, if it ended by one
-    logprobs: torch.Tensor  # float32 [len(completion_ids)], at the sampling temperature
-    finish: str  # "eos", "length" (max_new_tokens cut it off), or "given" (not sampled here)
+    completion_ids: list[int]  # T, the EOS token that ended it included
+    logprobs: torch.Tensor  # float32 [T], at the sampling temperature
+    finish: str  # "eos", "length" (cut off by max_new_tokens), or "given" (not sampled here)
     text: str  # the completion, decoded without special tokens
     problem: Problem | None = None
     opens_thought: bool = False  # the prompt ends inside <think>
-    key: tuple[int, ...] = ()  # seeds and number of the sample: the same at any number of ranks
+    key: tuple[int, ...] = ()  # the sample's seeds and number: the same at any number of ranks
     verdict: Verdict | None = None
-    advantage: float = 0.0  # this and the next three are set by grpo.py
+    advantage: float = 0.0  # grpo.py sets this and the next three
     weight: float = 1.0  # of each of its tokens in the loss
-    old_logprobs: torch.Tensor | None = None  # as logprobs: the policy's, before the first update
-    ref_logprobs: torch.Tensor | None = None  # as logprobs: the reference's
+    old_logprobs: torch.Tensor | None = None  # float32 [T], the policy's before the first update
+    ref_logprobs: torch.Tensor | None = None  # float32 [T], the reference model's
 
     @property
     def identity(self) -> str:
         return f"{self.prompt_ids}{self.problem.identity}{self.completion_ids}"
 
     def row(self) -> dict:
-        """What is saved of it: fkl_warmup.py --rollouts reads such rows back."""
+        """Return what is saved of it; --rollouts reads such rows back."""
         return {
             "problem": self.problem.text,
             "answer": self.problem.gold,
@@ -57,7 +57,7 @@ class Rollout:
 
     @classmethod
     def from_row(cls, row: dict) -> "Rollout":
-        """A saved row again, without its log-probs."""
+        """Return the rollout of a saved row, with log-probs of 0."""
         return cls(
             row["prompt_ids"],
             row["completion_ids"],
@@ -70,8 +70,8 @@ class Rollout:
 
 
 def verify(task: Task, rollouts: list[Rollout]) -> None:
-    """Set their verdicts. A thought that the prompt has opened and nothing has closed holds no
-    answer."""
+    """Grade the rollouts and set their verdicts. A completion that never closes the thought which
+    its prompt opens has no answer."""
     texts = ["<think>" * rollout.opens_thought + rollout.text for rollout in rollouts]
     verdicts = task.grade(texts, [rollout.problem for rollout in rollouts])
     for rollout, verdict in zip(rollouts, verdicts, strict=True):
@@ -79,55 +79,48 @@ def verify(task: Task, rollouts: list[Rollout]) -> None:
 
 
 def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
-    """Accuracy, mean reward, mean length in tokens, share cut off, and the share of each verdict,
-    of all ranks."""
-    ends = [
-        (r.verdict.outcome, r.verdict.reward, len(r.completion_ids), r.finish == "length")
-        for r in rollouts
-    ]
-    outcomes, rewards, lengths, truncated = zip(*gather(ends), strict=True)
+    """Return accuracy, mean reward, mean length in tokens, and the shares that were cut off and
+    that had each outcome, over the rollouts of all ranks."""
+    ends = [(r.verdict, len(r.completion_ids), r.finish) for r in rollouts]
+    verdicts, lengths, finishes = zip(*gather(ends), strict=True)
+    outcomes = [verdict.outcome for verdict in verdicts]
+    shares = {outcome: outcomes.count(outcome) / len(outcomes) for outcome in OUTCOMES}
     return {
-        "rollout/accuracy": outcomes.count("correct") / len(outcomes),
-        "rollout/reward": statistics.fmean(rewards),
+        "rollout/accuracy": shares.pop("correct"),
+        "rollout/reward": statistics.fmean(verdict.reward for verdict in verdicts),
         "rollout/length": statistics.fmean(lengths),
-        "rollout/truncated": statistics.fmean(truncated),
-    } | {
-        f"rollout/{outcome}": outcomes.count(outcome) / len(outcomes)
-        for outcome in OUTCOMES
-        if outcome != "correct"
-    }
+        "rollout/truncated": finishes.count("length") / len(finishes),
+    } | {f"rollout/{outcome}": share for outcome, share in shares.items()}
 
 
-def load_rollouts(task: Task, tokenizer, prompts: list[Prompt], args) -> list[Rollout]:
-    """Completions of the given prompts from --rollouts, a .jsonl file with problem and completion.
+def load_rollouts(
+    path: str, task: Task, tokenizer, prompts: list[Prompt], max_new_tokens: int
+) -> list[Rollout]:
+    """Return the completions of the prompts' problems in a .jsonl file with columns problem and
+    completion.
 
-    Rows of other problems (another split, an evaluation set) and completions over --max_new_tokens
-    are left out, with a count.
+    Rows of other problems (another split, an evaluation set) and completions of more than
+    `max_new_tokens` are left out, with a count. Raises UserError for a malformed row, and if no
+    row is left.
     """
-    sampled = getattr(args, "sample_from", "policy") != "policy"  # opd.py
-    check(not sampled, "--rollouts takes given completions; drop --sample_from initial")
     prompt_of = {prompt.problem.key: prompt for prompt in prompts}
-    ends = end_ids(tokenizer)
-    rows, rollouts, too_long = read_jsonl(Path(args.rollouts)), [], 0
+    rows, ends = read_jsonl(Path(path)), end_ids(tokenizer)
     for number, row in enumerate(rows, 1):
         texts = isinstance(row.get("problem"), str) and isinstance(row.get("completion"), str)
-        where = f"{args.rollouts}, row {number}"
-        check(texts, f"{where}: needs text columns problem and completion")
+        check(texts, f"{path}, row {number}: needs text columns problem and completion")
     keys = on_first_rank(lambda: task.keys([row["problem"] for row in rows]))
+    rollouts, too_long = [], 0
     for number, (row, key) in enumerate(zip(rows, keys, strict=True), 1):
-        key = row.get("key", key)  # of a conversation the text is not all
-        where = f"{args.rollouts}, row {number}"
-        ids = _completion_ids(row, tokenizer, ends, where)
-        prompt = prompt_of.get(key)
-        too_long += len(ids) > args.max_new_tokens
-        if prompt is not None and len(ids) <= args.max_new_tokens:
+        ids = _completion_ids(row, tokenizer, ends, f"{path}, row {number}")
+        prompt = prompt_of.get(row.get("key", key))  # a conversation's text is not all of it
+        too_long += len(ids) > max_new_tokens
+        if prompt is not None and len(ids) <= max_new_tokens:
             rollout = Rollout(prompt.ids, ids, torch.zeros(len(ids)), "given", row["completion"])
-            rollout.problem = prompt.problem
-            rollout.opens_thought = prompt.opens_thought
+            rollout.problem, rollout.opens_thought = prompt.problem, prompt.opens_thought
             rollouts.append(rollout)
     counts = (
-        f"{args.rollouts}: {len(rollouts)} of its {len(rows)} completions are of this run's "
-        f"problems and lengths; {too_long} are over --max_new_tokens {args.max_new_tokens}"
+        f"{path}: {len(rollouts)} of its {len(rows)} completions are of this run's problems and "
+        f"lengths; {too_long} are over --max_new_tokens {max_new_tokens}"
     )
     check(len(rollouts) > 0, counts)
     print(counts)
@@ -135,8 +128,8 @@ def load_rollouts(task: Task, tokenizer, prompts: list[Prompt], args) -> list[Ro
 
 
 def _completion_ids(row: dict, tokenizer, ends: list[int], where: str) -> list[int]:
-    """A run's own rows hold token ids, which are not encoded again; a text gets an EOS, unless it
-    ends with one or its row says that it was cut off."""
+    """Return a row's token ids if they decode to its text. Else encode the text, and append an EOS
+    unless it ends with one or the row says that it was cut off."""
     ids, text, count = row.get("completion_ids"), row["completion"], len(tokenizer)
     check(is_unicode(text), f"{where}: half a surrogate pair in column completion")
     if ids is not None:

@@ -1,4 +1,4 @@
-"""What makes a step's rollouts: draws prompts, samples, grades, and counts what that takes."""
+"""The rollouts of a training step: draw prompts, sample, grade, and count the cost."""
 
 import random
 from collections.abc import Sequence
@@ -6,42 +6,35 @@ from dataclasses import replace
 
 from common.model import flops
 from common.model.shard import DTYPES
-from common.run.ranks import num_ranks, rank, share_of
-from common.run.run import Progress, Run
+from common.run.ranks import gather, num_ranks, rank, share_of
+from common.run.run import Progress
 from common.sampling.rollout import Rollout, rollout_metrics, verify
 from common.sampling.torch_engine import TorchEngine
 from common.sampling.vllm_engine import VLLMEngine
 from common.tasks.data import Prompt
-from common.tasks.task import Task
+
+Engine = TorchEngine | VLLMEngine
 
 
 class Sampler:
-    """The rollouts of a training run.
+    """Draws a training run's rollouts and evaluates its model.
 
-    `sampled` is the model that samples, `trained` the one that is evaluated: the same, but for the
-    rollouts of a teacher or of the initial student. `dataset`: prompts, or given rollouts
-    (--rollouts), which are drawn as they are. With vLLM the weights of `trained` must come through
-    `sync` after each update.
+    args: the trainer's. backend: "torch" or "vllm". sampled: the model that samples: the trained
+    one, a teacher, or the initial student. trained: the model that is evaluated, and whose weights
+    `sync` brings to vLLM after an update. dataset: a list of Prompt, or of Rollout (--rollouts),
+    which are drawn as they are. eval_prompts: a list of Prompt, empty without --eval_every.
     """
 
     def __init__(
-        self,
-        backend: str,
-        sampled,
-        trained,
-        tokenizer,
-        task: Task,
-        dataset: list,
-        eval_prompts: list,
-        run: Run,
+        self, *, args, run, task, tokenizer, backend, sampled, trained, dataset, eval_prompts
     ):
-        self.args, self.run, self.task, self.eval_prompts = run.args, run, task, eval_prompts
-        self.stream = Stream(dataset, run.args.seed)
-        self.gives = isinstance(dataset[0], Rollout)
-        self.engine = self.eval_engine = TorchEngine(trained, tokenizer, DTYPES[run.args.dtype])
-        if not self.gives:
-            self.engine = make_engine(backend, sampled, tokenizer, dataset, run.args)
-        if sampled is trained:  # else with transformers: no second vLLM beside that of `sampled`
+        self.args, self.run, self.task, self.eval_prompts = args, run, task, eval_prompts
+        self.stream, self.samples = Stream(dataset, args.seed), not isinstance(dataset[0], Rollout)
+        self.drawn: list[Rollout] = []  # in this step
+        self.engine = self.eval_engine = TorchEngine(trained, tokenizer, DTYPES[args.dtype])
+        if self.samples:
+            self.engine = make_engine(backend, sampled, tokenizer, dataset, args)
+        if sampled is trained:  # else evaluation has no vLLM: there is no memory for a second one
             self.eval_engine = self.engine
 
     def __enter__(self) -> "Sampler":
@@ -51,52 +44,65 @@ class Sampler:
         self.task.pool.close()
 
     def draw(self, num_prompts: int, seed: Sequence[int]) -> list[Rollout]:
-        """--group_size graded completions of each of the next prompts; of several ranks this one's
-        share. Of given rollouts the next num_prompts · group_size."""
+        """Return this rank's share of the graded rollouts of the next prompts, --group_size of
+        each; of rollouts from a file the next num_prompts · group_size."""
         group_size, progress = self.args.group_size, self.run.progress
-        if self.gives:
+        if self.samples:
+            prompts = self.stream.take(progress, num_prompts)
+            rollouts = self._sample(self.engine, prompts, group_size, seed)
+            flops.count_sampling(self.engine.model, rollouts, group_size)
+        else:
             rows = self.stream.take(progress, num_prompts * group_size)
             first, rows = share_of(rows, rank(), num_ranks())
             rollouts = [replace(row, key=(*seed, first + n)) for n, row in enumerate(rows)]
             verify(self.task, rollouts)
-        else:
-            prompts = self.stream.take(progress, num_prompts)
-            rollouts = sample_and_verify(
-                self.engine, self.task, prompts, group_size, self.args, seed
-            )
-            flops.count_sampling(self.engine.model, rollouts, group_size)
-        self.run.add_drawn(rollouts)
+        self.run.count_rollouts(rollouts)
+        self.drawn += rollouts
         return rollouts
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics of all that was drawn in this step, trained on or not."""
+        return rollout_metrics(self.drawn)
+
+    def rows(self) -> list[dict]:
+        """Return what is saved of the rollouts drawn in this step, of all ranks; the next step
+        begins with none."""
+        rows, self.drawn = gather([rollout.row() for rollout in self.drawn]), []
+        return rows
+
+    def _sample(self, engine: Engine, prompts: list, group_size: int, seed: Sequence[int]) -> list:
+        sizes = {"max_new_tokens": self.args.max_new_tokens, "temperature": self.args.temperature}
+        return sample_and_verify(engine, self.task, prompts, group_size, seed=seed, **sizes)
 
     def sleep(self) -> None:
         """Free the engine's GPU memory for the update."""
         self.engine.sleep()
 
     def sync(self) -> dict[str, float]:
-        """Bring the trained weights to the engine that samples from them, with proof."""
+        """Bring the trained weights to the engine that samples from them, and prove that it has
+        them. Returns the proof's metrics."""
         return self.eval_engine.sync()
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Accuracy and reward on --eval_dataset, every --eval_every steps and after the last."""
+        """Return accuracy and reward on --eval_dataset, every --eval_every steps and after the
+        last; else nothing."""
         if not self.eval_prompts or (step % self.args.eval_every and step < self.args.num_steps):
             return {}
         self.run.phase("evaluate")
-        rollouts = sample_and_verify(
-            self.eval_engine, self.task, self.eval_prompts, 1, self.args, (self.args.seed, 0)
-        )
+        rollouts = self._sample(self.eval_engine, self.eval_prompts, 1, (self.args.seed, 0))
         metrics = rollout_metrics(rollouts)
         return {f"eval/{name}": metrics[f"rollout/{name}"] for name in ("accuracy", "reward")}
 
 
 class Stream:
-    """Shuffled items without end. What comes next depends on the cursor alone, so that a resumed
-    run draws what the uninterrupted one would have drawn."""
+    """An endless stream of shuffled items. The cursor alone determines the next ones, so that a
+    resumed run draws those that it would have drawn uninterrupted."""
 
     def __init__(self, items: list, seed: int):
         self.items, self.seed = items, seed
 
     def take(self, progress: Progress, count: int) -> list:
-        """The next `count` items; moves progress.cursor past them."""
+        """Return the next `count` items, and move progress.cursor past them."""
         taken = []
         for position in range(progress.cursor, progress.cursor + count):
             epoch, index = divmod(position, len(self.items))
@@ -107,43 +113,49 @@ class Stream:
         return taken
 
 
-def make_engine(
-    backend: str, model, tokenizer, prompts: list[Prompt], args
-) -> TorchEngine | VLLMEngine:
-    """What samples from `model`; some of `prompts` become vLLM's canary."""
+def make_engine(backend: str, model, tokenizer, prompts: list[Prompt], args) -> Engine:
+    """Return an engine that samples from `model`; the first prompts become vLLM's canary."""
     if backend == "torch":
         return TorchEngine(model, tokenizer, DTYPES[args.dtype])
-    return VLLMEngine(model.name_or_path, tokenizer, args, model, [p.ids for p in prompts[:4]])
+    return VLLMEngine(
+        model.name_or_path,
+        tokenizer,
+        model=model,
+        canary=[prompt.ids for prompt in prompts[:4]],
+        dtype=args.dtype,
+        max_length=args.max_prompt_tokens + args.max_new_tokens,
+        gpu_memory=args.vllm_gpu_memory,
+        enforce_eager=args.enforce_eager,
+        tensor_parallel=args.tensor_parallel,
+    )
 
 
 def sample_and_verify(
-    engine: TorchEngine | VLLMEngine,
-    task: Task,
-    prompts: list[Prompt],
-    group_size: int,
-    args,
-    seed: Sequence[int],
+    engine, task, prompts, group_size, *, seed, max_new_tokens, temperature, top_p=1.0, top_k=0
 ) -> list[Rollout]:
-    """P·G graded rollouts, at `args`' length and temperature (and top_p and top_k, if it has). Of
-    several ranks each samples its share of the prompts, with the seeds that one rank would use: the
-    seed of the run, its step and refill, and the prompt's number; the engine adds the sample's.
-    (Ranks that share an engine ask it the same, and then keep their shares.)"""
+    """Sample G completions of each of P prompts and grade them -> P·G rollouts, grouped by prompt.
+
+    prompts: a list of Prompt. seed: a tuple of the run's seed with its step and refill; the
+    prompt's number is added, and by the engine the sample's. Each rank samples its share of the
+    prompts, with the seeds that a single rank would use. Ranks that share an engine give it the
+    same prompts, and then grade their shares.
+    """
     shared = engine.num_ranks
     first, prompts = share_of(prompts, rank() // shared, num_ranks() // shared)
     rollouts = engine.generate(
         [prompt.ids for prompt in prompts],
         group_size,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
         seeds=[(*seed, first + p) for p in range(len(prompts))],
-        top_p=getattr(args, "top_p", 1.0),
-        top_k=getattr(args, "top_k", 0),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
     )
     begin, prompts = share_of(prompts, rank() % shared, shared)
     rollouts = rollouts[begin * group_size : (begin + len(prompts)) * group_size]
     for n, rollout in enumerate(rollouts):
-        rollout.problem = prompts[n // group_size].problem
-        rollout.opens_thought = prompts[n // group_size].opens_thought
+        prompt = prompts[n // group_size]
+        rollout.problem, rollout.opens_thought = prompt.problem, prompt.opens_thought
         rollout.key = (*seed, (first + begin) * group_size + n)
     verify(task, rollouts)
     return rollouts

@@ -1,7 +1,5 @@
-"""Proof that an engine holds the trained weights, and computes with them.
-
-The worst bug of the field lives in the copy: an engine keeps old weights, and nothing says so.
-"""
+"""Proof that an engine holds the trained weights and computes with them: else an engine that keeps
+old weights samples from another policy, and no other sign shows it."""
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -12,8 +10,8 @@ from common.model.shard import device_of
 from common.run.errors import RunFailure
 from common.run.ranks import gather
 
-# Of the mean |log-prob difference|. bfloat16 rounds a logit of 16 to 32 by up to 0.06, on both
-# sides: 0.04 was seen of a healthy SmolLM2-135M.
+# Limits of the mean |log-prob difference|. bfloat16 rounds a logit of 16 to 32 by up to 0.06, on
+# both sides: a healthy SmolLM2-135M was seen at 0.04.
 CANARY_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
@@ -22,7 +20,7 @@ class WeightSyncError(RunFailure):
 
 
 def check_fresh(stale: list[str]) -> None:
-    """Raise WeightSyncError if any rank's engine has stale parameters: ranks stop together."""
+    """Raise WeightSyncError if the engine of any rank has stale parameters, on all ranks."""
     names = list(dict.fromkeys(gather(stale)))
     if names:
         listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
@@ -45,8 +43,8 @@ def check_canary(mean: float, largest: float, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def trainer_logprobs(model, sequences: list[list[int]]) -> torch.Tensor:
-    """The trainer's log-probs at temperature 1 of every token but each sequence's first, one
-    sequence after the other: float32, on the CPU."""
+    """Return the trainer's log-probs, at temperature 1, of every token but the first of each
+    sequence, concatenated: float32, on the CPU."""
     ids = pad_sequence([torch.tensor(s) for s in sequences], batch_first=True).to(device_of(model))
     lengths = torch.tensor([len(sequence) for sequence in sequences], device=ids.device)
     mask = torch.arange(ids.shape[1] - 1, device=ids.device) < lengths[:, None] - 1
@@ -55,12 +53,11 @@ def trainer_logprobs(model, sequences: list[list[int]]) -> torch.Tensor:
 
 
 def stale_parameters(engine, model, dtype: torch.dtype) -> tuple[list[str], int]:
-    """Names of the engine's parameters that are not, bit by bit, the model's in `dtype`; and how
-    many tensors of the model were compared.
+    """Return the names of the parameters that are not bit by bit the model's in `dtype`, and how
+    many of the model's were compared.
 
-    It goes by the engine's own parameters, not by what the load reports: q, k and v are rows of one
-    qkv_proj, and a vocabulary may be padded. A parameter that cannot be read, since the engine has
-    packed it away, is stale.
+    Reads the engine's parameters, not the load's report: q, k and v are rows of one qkv_proj, and a
+    vocabulary may be padded. A parameter that the engine has packed away is stale.
     """
     trained = weight_names(model)
     unseen = set(trained)
@@ -86,7 +83,7 @@ def stale_parameters(engine, model, dtype: torch.dtype) -> tuple[list[str], int]
 
 
 def part_of_rank(module, part: str, whole: torch.Tensor) -> torch.Tensor:
-    """What a rank's engine holds of a parameter, if several ranks share an engine."""
+    """Return the slice of a parameter that this rank holds of an engine that ranks share."""
     if getattr(module, "tp_size", 1) == 1:
         return whole
     from vllm.model_executor.layers import linear
@@ -107,7 +104,7 @@ def part_of_rank(module, part: str, whole: torch.Tensor) -> torch.Tensor:
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal as bits: NaN equals itself, and 0 is not -0."""
+    """Compare as bits: NaN equals itself, and 0 is not -0."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     bits = {2: torch.int16, 4: torch.int32}[a.element_size()]

@@ -1,24 +1,21 @@
-"""Sampling with vLLM, in the trainer's process, from a copy of the weights that is proven after
-each sync (sync_proof.py).
-"""
+"""Sampling with vLLM in the trainer's process, from a copy of the weights that is proven after each
+sync (sync_proof.py)."""
 
 import os
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from common.model.load import end_ids
 from common.model.lora import whole_weights
 from common.model.shard import DTYPES, device_of
+from common.model.tokenizer import end_ids
 from common.run.errors import RunFailure, UserError, check, one_line
-from common.run.lazy import transformers
 from common.run.ranks import gather, num_ranks
 from common.sampling.rollout import Rollout
 from common.sampling.sync_proof import (
@@ -29,18 +26,23 @@ from common.sampling.sync_proof import (
     trainer_logprobs,
 )
 
-MAX_NUM_SEQS = 256  # that it decodes at once: its own default on large GPUs is 1,024, and a buffer
-# of the sampler takes so many times the vocabulary
 VLLM_VERSION = "0.32."  # the calls below are its calls
+# Sequences decoded at once: vLLM's own default on large GPUs is 1,024, and a buffer of its sampler
+# takes so many times the vocabulary.
+MAX_NUM_SEQS = 256
+BATCHED_TOKENS = 8192  # tokens of a forward pass, or one whole sequence if it is longer
 
 
 def resolve_backend(args, device: torch.device) -> str:
-    """`args.backend`, with auto resolved: vLLM where CUDA and vLLM are there, else torch."""
+    """Return "vllm" or "torch" for --backend; auto is vLLM on a GPU. Prepares vLLM's environment.
+
+    Raises UserError if vLLM is wanted and not installed, or of another version.
+    """
     installed, install = find_spec("vllm") is not None, "requirements-gpu.txt"
     backend, share = args.backend, args.vllm_gpu_memory
     check(0 < share <= 1, f"--vllm_gpu_memory is {share}; it must be above 0 and at most 1")
     if backend == "auto":
-        # To start an engine takes longer than all the sampling of the toy.
+        # For the toy, starting an engine takes longer than all of its sampling.
         on_gpu = device.type == "cuda" and not args.model.startswith("toy/")
         backend, slow = "vllm" if on_gpu and installed else "torch", on_gpu and not installed
         install_line = f"pip install -r {install}; or insist with --backend torch"
@@ -49,7 +51,6 @@ def resolve_backend(args, device: torch.device) -> str:
         check(installed, f"--backend vllm, but vLLM is not installed: pip install -r {install}")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights by reference
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # shared with the trainer
         # Else attention multiplies float32 in TF32, which the canary sees (2e-3 to 4e-3).
         os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
         version = import_module("vllm").__version__
@@ -60,103 +61,88 @@ def resolve_backend(args, device: torch.device) -> str:
 
 
 def batched_tokens(args) -> int:
-    """Tokens of a vLLM forward pass at most: one whole sequence, and not few."""
-    return max(args.max_prompt_tokens + args.max_new_tokens, 8192)
+    """Return how many tokens a forward pass of vLLM takes at most."""
+    return max(args.max_prompt_tokens + args.max_new_tokens, BATCHED_TOKENS)
 
 
 class VLLMEngine:
-    """Samples with vLLM, in this process, from `model`'s weights; without a model, from a folder's.
+    """Samples with vLLM from the weights of `model`, or of the folder `name` if there is no model.
 
-    It starts with random weights: what it samples from has come through `sync`, which shows that it
-    has. On a GPU it sleeps between `sleep` and `sync`, so that the update has the memory.
+    vLLM reads the shape from `name` and starts with random weights; those of `model` come through
+    `sync`, which proves that they came. On a GPU it sleeps between `sleep` and `sync`, and the
+    update has its memory. canary: prompts that a sync's second proof scores. max_length: tokens of
+    prompt and completion. gpu_memory: its share of the GPU's. tensor_parallel: ranks in a row that
+    share an engine. Raises UserError if vLLM cannot run the model.
     """
 
-    batch_size = 4096  # sequences in one call; vLLM schedules them itself
+    batch_size = 4096  # sequences in a call; vLLM schedules them itself
 
     def __init__(
-        self, name: str, tokenizer, args, model=None, canary: Sequence[list[int]] = ()
-    ) -> None:
+        self,
+        name: str,
+        tokenizer,
+        *,
+        model=None,
+        canary: Sequence[list[int]] = (),
+        dtype: str,
+        max_length: int,
+        gpu_memory: float,
+        enforce_eager: bool,
+        tensor_parallel: int,
+    ):
         from vllm import LLM
 
-        self.model, self.tokenizer, self.dtype = model, tokenizer, DTYPES[args.dtype]
+        self.model, self.tokenizer, self.dtype = model, tokenizer, DTYPES[dtype]
         self.canary = [ids[-256:] for ids in canary]
         self.trained = model is not None and any(p.requires_grad for p in model.parameters())
         self.can_sleep = model is not None and device_of(model).type == "cuda"
         self.asleep = False
-        on_cpu = not torch.cuda.is_available()
-        if model is not None and on_cpu:
-            _keep_plain_cpu_weights()
-        self.num_ranks = args.tensor_parallel
-        inside_ranks = _inside_ranks(self.num_ranks) if dist.is_initialized() else {}
-        share = args.vllm_gpu_memory / (num_ranks() if on_cpu else 1)  # a CPU's memory is shared
+        self.num_ranks = tensor_parallel
+        inside_ranks = _inside_ranks(tensor_parallel) if dist.is_initialized() else {}
         threads = torch.get_num_threads()
-        length = args.max_prompt_tokens + args.max_new_tokens
         try:
             self.llm = LLM(
                 name,
                 skip_tokenizer_init=True,  # token ids in, token ids out
                 load_format="auto" if model is None else "dummy",
-                dtype=args.dtype,
-                max_model_len=length,
+                dtype=dtype,
+                max_model_len=max_length,
                 max_num_seqs=MAX_NUM_SEQS,
-                max_num_batched_tokens=batched_tokens(args),
-                enable_chunked_prefill=not on_cpu,  # it breaks the seeds of a CPU's samples
-                gpu_memory_utilization=share,
-                enforce_eager=args.enforce_eager,
+                max_num_batched_tokens=max(max_length, BATCHED_TOKENS),
+                gpu_memory_utilization=gpu_memory,
+                enforce_eager=enforce_eager,
                 enable_sleep_mode=self.can_sleep,
                 logprobs_mode="processed_logprobs",  # after the temperature
                 generation_config="vllm",  # else the model's own top_k and penalties
-                seed=args.seed,
                 **inside_ranks,
             )
             self.eos_ids = end_ids(tokenizer, model or _configs_of(name))
             torch.set_num_threads(threads)  # vLLM leaves one: an offloaded update needs them all
             proof = self.sync() if model else None
         except Exception as error:  # of many types: too little memory, an unknown architecture ...
-            sizes = "--max_prompt_tokens or --max_new_tokens"
-            hint = f"; change --vllm_gpu_memory, or shorten {sizes}"
             known = any(word in str(error).lower() for word in ("memory", "max_model_len"))
-            hint = hint if known else "; --backend torch may"
-            raise UserError(f"vLLM cannot run {name}: {one_line(error)}{hint}") from error
+            hint = "change --vllm_gpu_memory, or shorten --max_prompt_tokens or --max_new_tokens"
+            hint = hint if known else "--backend torch may"
+            raise UserError(f"vLLM cannot run {name}: {one_line(error)}; {hint}") from error
         if proof:
             print(
                 f"vLLM holds the weights of {name}: {proof['sync/parameters']} tensors equal to "
                 f"the bit, log-probs within {proof['sync/canary_max']:.1e}"
             )
 
-    # --- generate ---
-
     def generate(
-        self,
-        prompts: Sequence[list[int]],
-        group_size: int,
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seeds: Sequence[tuple[int, ...]],
-        top_p: float = 1.0,
-        top_k: int = 0,
+        self, prompts, group_size, *, seeds, max_new_tokens, temperature, top_p=1.0, top_k=0
     ) -> list[Rollout]:
-        """As TorchEngine's: P prompts -> N = P·G rollouts, grouped; a seed for each prompt."""
+        """Sample G completions of each of P prompts; arguments and rollouts are TorchEngine's."""
         if self.asleep:  # its weights are gone until the next sync
             if self.trained:
                 raise WeightSyncError("vLLM was asked for rollouts after it slept, before a sync")
             self.sync()
-        copies = group_size if temperature == 0 else 1  # vLLM decodes greedily once a prompt
-        outputs = self._run(
-            prompts,
-            [
-                {
-                    "n": group_size // copies,
-                    "temperature": temperature,
-                    "top_p": top_p,
-                    "top_k": top_k,
-                    "max_tokens": max_new_tokens,
-                    "seed": int(np.random.SeedSequence(seed).generate_state(1)[0]),
-                }
-                for seed in seeds
-            ],
-        )
+        copies = group_size if temperature == 0 else 1  # vLLM decodes a prompt greedily only once
+        shared = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        shared |= {"max_tokens": max_new_tokens, "n": group_size // copies}
+        words = [int(np.random.SeedSequence(seed).generate_state(1)[0]) for seed in seeds]
+        outputs = self._run(prompts, [shared | {"seed": word} for word in words])
         rollouts = []
         for prompt_ids, output in zip(prompts, outputs, strict=True):
             for sample in output.outputs * copies:
@@ -182,21 +168,19 @@ class VLLMEngine:
         except Exception as error:  # whatever it was, this engine is finished
             raise RunFailure(f"vLLM stopped while sampling: {one_line(error)}") from error
 
-    # --- sync ---
-
     def sleep(self) -> None:
-        """Free the GPU's memory. The engine forgets its weights, and the next sync brings them:
-        level 1 would keep them in pinned host memory, beside the trainer's own model."""
+        """Free the GPU's memory, weights included, until the next sync. (Level 1 would keep them in
+        pinned host memory, beside the trainer's own model.)"""
         if self.can_sleep and not self.asleep:
             self.llm.sleep(level=2)
             self.asleep = True
 
     def sync(self) -> dict[str, float]:
-        """Load the model's weights into the engine, then prove both that it holds them (bit by bit)
-        and that it computes with them (log-probs of a canary batch).
+        """Load the model's weights into the engine, then prove that it holds them (bit by bit) and
+        that it computes with them (log-probs of the canary). Returns the proofs' metrics.
 
-        The second alone would not do: at lr 1e-6 a step moves bfloat16 log-probs by less than their
-        rounding. Nor would the first: engines keep hidden, packed copies. Raises WeightSyncError.
+        Log-probs alone would not do: at lr 1e-6 a step moves those of bfloat16 by less than their
+        rounding. Nor would bits: engines keep hidden, packed copies. Raises WeightSyncError.
         """
         began = time.perf_counter()
         if self.asleep:
@@ -232,9 +216,9 @@ class VLLMEngine:
         return self.llm.apply_model(function)[0]
 
     def canary_difference(self) -> tuple[float, float]:
-        """Mean and largest |difference| of the engine's and the trainer's log-probs at temperature
-        1, over the canary's prompts and eight sampled tokens each: prefill and decoding. Of several
-        ranks the worst."""
+        """Return the mean and the largest |difference| of the engine's and the trainer's log-probs
+        at temperature 1, over the canary's prompts and eight sampled tokens of each: of prefill and
+        of decoding. Of several ranks the worst."""
         settings = {"temperature": 1.0, "seed": 0, "max_tokens": 8, "prompt_logprobs": 0}
         outputs = self._run(self.canary, [settings] * len(self.canary))
         sequences, logprobs = [], []
@@ -248,58 +232,29 @@ class VLLMEngine:
 
 
 def _configs_of(name: str) -> SimpleNamespace:
-    """A model's configs without its weights. Not every folder has a generation_config.json."""
-    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    """Return a model's configs, as its attributes, without the model."""
+    from transformers import AutoConfig, GenerationConfig
+
     try:
-        generation_config = transformers.GenerationConfig.from_pretrained(name)
-    except OSError:
-        generation_config = transformers.GenerationConfig()
+        generation_config = GenerationConfig.from_pretrained(name)
+    except OSError:  # not every folder has a generation_config.json
+        generation_config = GenerationConfig()
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     return SimpleNamespace(config=config, generation_config=generation_config)
 
 
 def _inside_ranks(tensor_parallel: int) -> dict[str, object]:
-    """Arguments of an engine in a rank of torchrun, where `tensor_parallel` ranks in a row share
-    one: it takes part in the process group that is there, and starts none of its own."""
-    check(
-        num_ranks() % tensor_parallel == 0,
-        f"--tensor_parallel {tensor_parallel} does not divide the {num_ranks()} ranks",
-    )
+    """Return the arguments of an engine in a rank of torchrun, which joins the process group that
+    is there and starts none of its own."""
+    divides = num_ranks() % tensor_parallel == 0
+    check(divides, f"--tensor_parallel {tensor_parallel} does not divide the {num_ranks()} ranks")
     from vllm.v1.engine import core
 
     core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None  # it would end our group too
     for name in ("RANK", "LOCAL_RANK"):
         os.environ.setdefault(name, "0")  # --cpu_offload without torchrun
-    arguments: dict[str, object] = {"distributed_executor_backend": "external_launcher"}
+    arguments: dict[str, object] = {"tensor_parallel_size": tensor_parallel}
+    arguments["distributed_executor_backend"] = "external_launcher"
     if tensor_parallel > 1:
         arguments["async_scheduling"] = False  # ranks must schedule alike
-        _name_shared_memory()
-    return arguments | {"tensor_parallel_size": tensor_parallel}
-
-
-def _name_shared_memory() -> None:
-    """On a CPU, ranks that share an engine talk through files of /dev/shm, which vLLM names alike
-    in every run: one that was killed leaves them, and no later one could start. Name them by the
-    run's port, and unlink them as soon as all ranks have opened them."""
-    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
-
-    name_of, start = _CPUSHMDistributed.make_group_name, _CPUSHMDistributed._init_cpu_shm
-
-    def start_and_unlink(self) -> int:
-        handle = start(self)
-        Path("/dev/shm", f"{self.group_name}_{self.communicator.rank}").unlink(missing_ok=True)
-        return handle
-
-    port = os.environ["MASTER_PORT"]
-    _CPUSHMDistributed.make_group_name = staticmethod(lambda c: port + name_of(c).strip("/"))
-    _CPUSHMDistributed._init_cpu_shm = start_and_unlink
-
-
-def _keep_plain_cpu_weights() -> None:
-    """vLLM's CPU kernels multiply with packed copies of the weights and drop the originals, or keep
-    them beside a copy that no load refreshes. What is trained stays plain, and can be proven."""
-    from vllm.model_executor.layers import utils
-
-    def plain(layer, remove_weight: bool) -> None:
-        layer.cpu_linear = torch.nn.functional.linear
-
-    utils.dispatch_cpu_unquantized_gemm = plain
+    return arguments

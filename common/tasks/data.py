@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.model.tokenizer import prompt_text
 from common.run.errors import UserError, check, one_line
 from common.tasks.task import Problem, Task
 
-DATE = "26 Jul 2024"  # Llama 3's template writes today's: prompts would change from day to day
 NGRAM_WORDS = 13  # so many words in common with a benchmark's problem are no accident,
 TEMPLATE = 3  # unless they stand in so many of its problems
 
@@ -206,17 +206,6 @@ class Prompt:
         return f"{self.ids}{self.problem.identity}"
 
 
-def prompt_text(tokenizer, messages: Sequence[dict], thinking: bool = False) -> str:
-    """The chat template over messages, ready for the assistant's turn."""
-    return tokenizer.apply_chat_template(
-        list(messages),
-        add_generation_prompt=True,
-        tokenize=False,
-        enable_thinking=thinking,
-        date_string=DATE,
-    )
-
-
 def opens_thought(text: str, messages: Sequence[dict]) -> bool:
     """Whether a prompt ends inside <think>, as templates of reasoning models leave it."""
     turn = text.rpartition(messages[-1]["content"].strip())[2]
@@ -290,10 +279,9 @@ def fingerprint(tokenizer, dataset: Sequence, args) -> dict[str, object]:
 
 
 def template_fingerprint(tokenizer, args) -> str:
-    """Of what template, --system and --instruction make of any problem. (The task's own instruction
-    counts with its file.)"""
-    messages = [{"role": "system", "content": args.system}] if args.system else []
-    messages.append({"role": "user", "content": f"1+1\n{args.instruction or ''}"})
+    """Hash what the chat template makes of any problem. (The task's instruction counts with its
+    file.)"""
+    messages = [{"role": "user", "content": "1+1\n"}]
     text = prompt_text(tokenizer, messages, args.thinking)
     return _hash_of(str(tokenizer(text, add_special_tokens=False)["input_ids"]))
 

@@ -22,10 +22,10 @@ OUTCOMES = ("correct", "partial", "wrong", "no_answer", "timeout", "crash")
 class Problem:
     """One row of a dataset, as its task asks it."""
 
-    text: str  # the user's last message, without --instruction
+    text: str  # the user's last message, without the task's instruction
     gold: str = ""  # the right answer, as people are shown it
     key: str = ""  # rows of one key are one problem
-    messages: tuple[dict, ...] = ()  # of the chat, with --system and --instruction
+    messages: tuple[dict, ...] = ()  # of the chat, with the task's instruction
     row: dict = field(default_factory=dict)  # what grade() gets
     where: str = ""  # dataset and number of the row
     warning: str | None = None
@@ -51,16 +51,10 @@ class Verdict:
 
 
 class Task:
-    """A task file, by name or path. What is None is the task's own: timeout_s, the deadline of a
-    call in seconds, and the instruction."""
+    """A task file, by name or path. timeout_s: the deadline of a call in seconds; None: the
+    task's own."""
 
-    def __init__(
-        self,
-        name: str = "math",
-        timeout_s: float | None = None,
-        instruction: str | None = None,
-        system: str | None = None,
-    ):
+    def __init__(self, name: str = "math", timeout_s: float | None = None):
         self.name, self.file = name, task_path(name)
         is_task = self.file.is_file() and self.file.suffix == ".py"
         check(is_task, f"there is no task {name}; give math or a .py file")
@@ -70,8 +64,7 @@ class Task:
         self.columns: dict[str, Sequence[str]] = about["columns"]
         self.datasets, self.benchmarks = about["datasets"], about["benchmarks"]
         self.functions: list[str] = about["functions"]
-        self.instruction = about["instruction"] if instruction is None else instruction
-        self.system = system
+        self.instruction = about["instruction"]
 
     def __enter__(self) -> "Task":
         return self
@@ -95,8 +88,7 @@ class Task:
             *before, last = reply.value.pop("messages")
             text = last["content"].strip()
             asked = f"{text}\n{self.instruction}" if self.instruction else text
-            system = [{"role": "system", "content": self.system}] if self.system else []
-            messages = (*system, *before, last | {"content": asked})
+            messages = (*before, last | {"content": asked})
             problems.append(Problem(text, messages=messages, row=row, where=where, **reply.value))
         tried = on_first_rank(lambda: self.pool.call("try_grade", [[rows[0]]]))[0]
         check(tried.kind != "misuse", f"{problems[0].where}: task {self.name}: {tried.value}")

@@ -1,4 +1,4 @@
-"""How much memory a run needs, computed from the models' configs before anything is loaded.
+"""The memory that a trainer needs, computed from the models' configs before anything is loaded.
 
 Every number is of one rank, in bytes. What is counted, with P parameters, R ranks, c bytes of the
 compute type (4 or 2), T tokens of a micro-batch, D hidden, V vocabulary:
@@ -12,24 +12,23 @@ compute type (4 or 2), T tokens of a micro-batch, D hidden, V vocabulary:
     sampling                         vLLM's share of the GPU, or the gathered model and its cache
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
-from common.run.errors import check
 from common.run.inputs import model_path
-from common.run.lazy import transformers
 from common.sampling.vllm_engine import MAX_NUM_SEQS, batched_tokens
 
 GB = 1e9
 GRAPHS = 1 * GB  # vLLM's CUDA graphs: an allowance too
 SEQUENCES = 8  # whole ones in vLLM's cache, of which most are shorter: with fewer it samples slowly
+LOSS_COPIES = 44  # bytes a logit of float32 copies in opd.py's loss_fn, of jsd: measured
 FIXED = 2 * GB  # CUDA context, communication buffers, fragmentation: an allowance, not measured
 
 # For a plan without the network, which gated models need in any case.
@@ -51,7 +50,7 @@ QWEN3 = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What the plan needs to know of a model."""
+    """The sizes of a model that the plan needs."""
 
     params: int  # tied ones once
     layer: int  # parameters of one decoder layer
@@ -162,7 +161,7 @@ class Plan:
 
 
 def moved_parameters(args, shape: Shape) -> int:
-    """How many parameters a trainer changes: those of a model, or of its adapters."""
+    """Count the parameters that a trainer changes: those of a model, or of its adapters."""
     return args.lora_rank * shape.lora * shape.layers if args.lora_rank else shape.params
 
 
@@ -173,6 +172,8 @@ def plan(
     sampled: Shape | None,
     ranks: int,
     gpu_memory: float | None = None,
+    *,
+    loss_is_fused: bool,
 ) -> Plan:
     """The plan of a trainer with these Args, whose rollouts come from `sampled` (None: from a
     file). gpu_memory: bytes of each rank's GPU; None on a CPU."""
@@ -188,8 +189,6 @@ def plan(
     ]
     if args.lora_rank:
         items.insert(0, Item("frozen weights", c * trained.params / ranks, home))
-    if sharded and args.keep_gradients:
-        items.append(Item("gradients of a step, whole", 4 * moved, phase="update"))
     items += [Item("frozen model", c * shape.params / ranks, home) for shape in frozen]
     if sharded:
         gathered = max(c * (2 * s.layer + s.rest) for s in (trained, *frozen))
@@ -209,9 +208,9 @@ def plan(
     copy = (c if args.lora_rank else 4 + c) * head if sharded else 0
     copy += sum(c * s.vocab * s.hidden for s in frozen[:1] if sharded)  # a second one samples
     chunk = min(args.chunk_size, tokens)
-    # The gradient is written over the logits; a teacher's stand beside them. Buckets of the top k
-    # are made of float32 copies.
-    copies = 24 if getattr(args, "estimator", "full") == "topk" else 0
+    # GRPO's kernel writes the gradient over the logits. Plain torch makes float32 copies of a
+    # chunk of both models' logits.
+    copies = LOSS_COPIES if gpu_memory and not loss_is_fused else 0  # a CPU: slices
     logits = chunk * trained.vocab * (2 * c + copies)
     items.append(Item("head: copies, gradient, chunk of logits", copy + logits, phase="update"))
     if gpu_memory and sampled and args.backend != "torch":
@@ -241,43 +240,3 @@ def smallest_engine(args, sampled: Shape) -> float:
     # Logits, probabilities and log-probs in float32, and counts in int32.
     sampler = 4 * 4 * MAX_NUM_SEQS * sampled.vocab
     return parted + residual + sampler + GRAPHS
-
-
-def models_of(args) -> tuple[str, list[str], str | None]:
-    """The models of a trainer's Args, by name: the one that it trains, those that it holds frozen
-    beside it, and the one that samples (None where the rollouts come from a file)."""
-    if hasattr(args, "teacher"):
-        samples_from_a_copy = getattr(args, "sample_from", "policy") == "initial"  # opd.py
-        frozen = [args.teacher, *[args.model] * samples_from_a_copy]
-        only_the_teacher_samples = hasattr(args, "correct_only")  # fkl_warmup.py
-        sampled = args.teacher if only_the_teacher_samples else args.model
-    else:
-        # With LoRA the reference is the model with its adapters off.
-        frozen = [args.model] if args.kl_coef > 0 and not args.lora_rank else []
-        sampled = args.model
-    return args.model, frozen, None if getattr(args, "rollouts", None) else sampled
-
-
-def plan_of(args, ranks: int, gpu_memory: float | None, base_model=lambda name: name) -> Plan:
-    """The plan of a trainer with these Args. base_model: from the name of a model that may not be
-    there yet to one of the same shape. Raises UserError for a model whose shape is not known."""
-    trained, frozen, sampled = models_of(args)
-    names = {name: base_model(name) for name in (trained, *frozen, sampled) if name}
-    shapes = {name: shape_of(base) for name, base in names.items()}
-    missing = dict.fromkeys(names[name] for name, shape in shapes.items() if shape is None)
-    check(not missing, f"no memory plan of {', '.join(missing)}: no config.json that it can read")
-    of_frozen = [shapes[name] for name in frozen]
-    return plan(args, shapes[trained], of_frozen, shapes.get(sampled), ranks, gpu_memory)
-
-
-def print_plan(args) -> None:
-    """What a trainer's --dry_run shows: the plan of each rank of this torchrun."""
-    if int(os.environ.get("RANK", 0)) > 0:
-        return
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    gpu_memory = args.gpu_memory_gb and args.gpu_memory_gb * GB
-    if gpu_memory is None and torch.cuda.is_available() and args.device != "cpu":
-        gpu_memory = torch.cuda.get_device_properties(0).total_memory
-    table = plan_of(args, ranks, gpu_memory).table(gpu_memory)
-    print(f"memory plan of {args.model}, GB for each of {ranks} ranks: computed, not measured")
-    print(table)

@@ -1,0 +1,105 @@
+"""Tokenizers, their chat templates, and the tokens that end a turn."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+
+from common.model.load import load_pretrained
+from common.run.errors import UserError, check, one_line
+from common.run.inputs import model_path
+
+DATE = "26 Jul 2024"  # Llama 3's template writes today's: prompts would change from day to day
+ASKED = [{"role": "user", "content": "1+1"}]
+
+
+def load_tokenizer(name: str, teacher: str | None = None, chat_template: str | None = None):
+    """Load the tokenizer of `name`; with the chat template of `chat_template`, a model or a .jinja
+    file, if one is given.
+
+    The teacher's, if one is given, must mean the same by every token: distillation compares
+    distributions token by token. A base model without a template is trained on its teacher's.
+    """
+    tokenizer = load_pretrained("AutoTokenizer", name)
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(chat_template)
+        try:
+            prompt_text(tokenizer, ASKED)
+        except Exception as error:  # what a template raises is its own affair
+            reason = one_line(error)
+            message = f"--chat_template {chat_template} cannot be used: {reason}"
+            raise UserError(message) from error
+    teachers = None if teacher is None else load_pretrained("AutoTokenizer", teacher)
+    if teachers is not None and tokenizer.chat_template is None:
+        print(f"{name} has no chat template: it is trained on that of {teacher}")
+        tokenizer.chat_template = teachers.chat_template
+    check(
+        tokenizer.chat_template is not None,
+        f"{chat_template or name} has no chat template; name a .jinja file, or a model of the same "
+        "family that has one, with --chat_template",
+    )
+    check(tokenizer.eos_token_id is not None, f"the tokenizer of {name} has no EOS token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: masks go by length, never by token
+    if teachers is not None:
+        differing = len(dict(tokenizer.get_vocab().items() ^ teachers.get_vocab().items()))
+        check(
+            differing == 0,
+            f"teacher {teacher} and student {name} have different vocabularies ({differing} tokens "
+            "differ); choose two models of one family",
+        )
+        same = prompt_text(teachers, ASKED) == prompt_text(tokenizer, ASKED)
+        if teachers.chat_template and not same:
+            print(f"{name} and {teacher} have different chat templates: prompts are {name}'s")
+    return tokenizer
+
+
+def _read_template(source: str) -> str | None:
+    if not source.endswith(".jinja"):
+        return load_pretrained("AutoTokenizer", source).chat_template
+    try:
+        return Path(source).read_text()
+    except OSError as error:
+        raise UserError(f"cannot read --chat_template {source}: {error.strerror}") from error
+
+
+def lacks_chat_template(name: str) -> bool:
+    """Tell whether a model that is on this machine has none."""
+    path = model_path(name)
+    here = Path(path).exists() or try_to_load_from_cache(path, "tokenizer_config.json")
+    return bool(here) and load_pretrained("AutoTokenizer", name).chat_template is None
+
+
+def prompt_text(tokenizer, messages: Sequence[dict], thinking: bool = False) -> str:
+    """Render the chat template over messages, ready for the assistant's turn."""
+    return tokenizer.apply_chat_template(
+        list(messages),
+        add_generation_prompt=True,
+        tokenize=False,
+        enable_thinking=thinking,
+        date_string=DATE,
+    )
+
+
+def end_ids(tokenizer, *models) -> list[int]:
+    """Return every id that ends a turn: the tokenizer's EOS, what the chat template writes behind
+    an answer, and those of the models' configs. A base model has another EOS than its instruct
+    siblings."""
+    ids = {tokenizer.eos_token_id}
+    turn = [*ASKED, {"role": "assistant", "content": "2"}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("2")[2]
+    behind = tokenizer(text, add_special_tokens=False)["input_ids"][:1]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids |= special.intersection(behind)
+    for config in (c for model in models for c in (model.generation_config, model.config)):
+        listed = getattr(config, "eos_token_id", None)
+        ids |= set(listed) if isinstance(listed, list) else {listed}
+    return sorted(ids - {None})
+
+
+def share_end_ids(tokenizer, *models) -> None:
+    """Let what ends a turn of one model end those of all of them: a student that learns to write
+    its teacher's EOS would else never stop. Goes into what is saved of them."""
+    ids = end_ids(tokenizer, *models)
+    for model in models:
+        model.generation_config.eos_token_id = ids
