@@ -1,4 +1,4 @@
-"""memory.svg and phases.svg: what is on the GPU in a step of OPD, by common/model/memory.py.
+"""memory.svg and phases.svg: what is on the GPU in a step of OPD, by workflow/memory.py.
 
 python docs/pictures.py
 """
@@ -12,7 +12,8 @@ import matplotlib
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import opd
-from common.model.memory import GB, Plan, plan_of
+from workflow import memory
+from workflow.memory import GB, Plan
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  behind the choice of a backend
@@ -58,9 +59,14 @@ def of(plan: Plan, phase: str) -> list:
     return [i for i in plan.items if i.where == "device" and i.phase in ("always", phase)]
 
 
+def plan_of(args: opd.Args) -> Plan:
+    student, teacher = (memory.shape_of(name) for name in (args.model, args.teacher))
+    return memory.plan(args, student, [teacher], student, 1, GPU, loss_is_fused=False)
+
+
 def main(folder: Path) -> None:
-    chunked = plan_of(ARGS, 1, GPU)
-    whole = plan_of(replace(ARGS, chunk_size=ARGS.micro_batch_tokens), 1, GPU)
+    chunked = plan_of(ARGS)
+    whole = plan_of(replace(ARGS, chunk_size=ARGS.micro_batch_tokens))
     heads = {f"head in chunks of {ARGS.chunk_size:,}": (chunked, "update")}
     heads |= {"all logits at once": (whole, "update")}
     draw(heads, folder / "memory.svg")

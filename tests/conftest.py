@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from common.model.load import load_tokenizer
+from common.model.tokenizer import load_tokenizer
 from common.run.inputs import ROOT
 from common.sampling.rollout import Rollout
 from common.sampling.torch_engine import TorchEngine

@@ -12,7 +12,7 @@ import threading
 import torch
 
 from common.model import head as lm_head
-from common.run import atomic_files, checkpoint
+from common.run import checkpoint, folder
 from common.run.errors import RunFailure
 from common.sampling import torch_engine
 from workflow.fork_server import serve
@@ -58,7 +58,7 @@ def plant(job: dict) -> None:
     elif site == "update":
         at_call(lm_head, "head_backward", number, die)
     elif site == "disk":  # in the middle of a checkpoint, or of any other write
-        at_call(atomic_files, "sync_to_disk", number, die)
+        at_call(folder, "sync_to_disk", number, die)
     elif site == "between files":
         at_call(checkpoint, "save_file", number, die)
     elif site == "engine":

@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import socket
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -86,6 +87,22 @@ def test_labels_and_steps_are_matched(teacher):
         assert steps["cold"] == transfer + steps["student_grpo"]
         for prefix in ("full", "raw_teacher", "same_size"):
             assert steps[f"{prefix}_fkl_warmup"] + steps[f"{prefix}_opd"] == steps["cold"]
+
+
+def test_the_models_of_each_stage():
+    """The trained one, those that are frozen beside it, and the one that samples."""
+    stages = {stage.name: stage for stage in planned(bridge.Args(routes=("all",)))[0]}
+    teacher, student = (stages[name].final for name in ("teacher_grpo", "fkl_warmup"))
+    training = {name: stage for name, stage in stages.items() if stage.kind != "evaluate"}
+    models = {name: stage.models(stage.args()) for name, stage in training.items()}
+    assert models["fkl_warmup"] == ("toy/student", [teacher], teacher)
+    assert models["opd"] == (student, [teacher], student)
+    assert models["semi_opd"] == (student, [teacher, student], student)
+    assert models["teacher_grpo"] == ("toy/teacher", [], "toy/teacher")
+    args = replace(stages["teacher_grpo"].args(), kl_coef=0.1)
+    assert stages["teacher_grpo"].models(args)[1] == ["toy/teacher"]
+    args = replace(args, lora_rank=4)
+    assert stages["teacher_grpo"].models(args)[1] == []  # the model with its adapters off
 
 
 def test_every_route_is_described():
@@ -177,7 +194,6 @@ def test_one_gpu_of_80_gb_gets_what_makes_each_stage_fit(capsys):
     bridge.main(bridge.Args(**QWEN, **there))
     printed = capsys.readouterr().out
     assert settings_of(printed, "teacher_grpo")["cpu_offload"] == "True"
-    assert settings_of(printed, "teacher_grpo")["keep_gradients"] == "True"
     assert "cpu_offload" not in settings_of(printed, "student_grpo")
     for kind in ("teacher_grpo", "fkl_warmup", "opd", "student_grpo"):
         settings = settings_of(printed, kind)
@@ -453,8 +469,6 @@ def test_the_workflow_on_another_task(tmp_path):
     assert len(json.loads((folder / "results.json").read_text())["rows"]) == 7
     rows = (folder / "seed_0" / "opd" / "rollouts" / "step_1.jsonl").read_text().splitlines()
     assert json.loads(rows[0])["problem"].startswith("Make ")
-    page = (folder / "base" / "eval_raw_teacher" / "samples.html").read_text()
-    assert "gold answer" in page
     again = run("bridge", *flags)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("finished before") == 12

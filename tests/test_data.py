@@ -3,11 +3,11 @@
 import copy
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 from conftest import problem_of
 
+import opd
 from common.run.errors import UserError
 from common.run.inputs import ROOT, inputs_of
 from common.tasks import data
@@ -243,8 +243,7 @@ def test_fingerprints_of_models_and_files(tmp_path):
     model, rows = tmp_path / "model", tmp_path / "rows.jsonl"
     shutil.copytree(ROOT / "toy" / "student", model)
     rows.write_text("{}")
-    args = SimpleNamespace(model=str(model), teacher="owner/name", dataset=str(rows))
-    args.task, args.chat_template = "math", None
+    args = opd.Args(model=str(model), teacher="owner/name", dataset=str(rows))
     before = inputs_of(args)
     assert before["teacher_fingerprint"] is None  # nothing of it is on this machine
     assert inputs_of(args) == before

@@ -2,7 +2,6 @@
 
 import json
 import random
-from html.parser import HTMLParser
 from itertools import combinations, product
 
 import numpy as np
@@ -13,7 +12,6 @@ from scipy.stats import beta, binomtest, t
 import evaluate
 from common.run.errors import UserError
 from common.sampling.rollout import Rollout
-from common.sampling.samples_page import samples_page
 from common.sampling.torch_engine import TorchEngine
 from common.statistics import difference_interval, effective_samples, interval, pass_at
 from common.tasks.task import Task, Verdict
@@ -316,37 +314,6 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(
     assert [r.row() for r in resumed] == [r.row() for r in expected]
     sample_benchmark(engine, task, prompts, args, (1, 0), cut)
     assert engine.calls == batches  # nothing is left to sample
-
-
-class Page(HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.tags, self.text = [], ""
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def test_the_page_shows_completions_and_runs_none_of_them(task):
-    hostile = [
-        "</pre><script>alert(1)</script>",
-        '"><img src=x onerror=alert(1)>',
-        "5 < 6 &amp; 7",
-        "4",
-    ]
-    rollouts = graded(hostile, "4", task)
-    page = Page()
-    page.feed(samples_page("<b>model</b>", {"<i>name</i>": rollouts}, 2))
-    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "img", "b", "i", "link", "iframe"})
-    assert not any("src" in attributes or "href" in attributes for _, attributes in page.tags)
-    for rollout in rollouts:
-        assert rollout.text in page.text
-    classes = [attributes.get("class") for tag, attributes in page.tags if tag == "div"]
-    assert classes == [f"sample {rollout.verdict.outcome}" for rollout in rollouts]
-    assert "1/2 right" in page.text
 
 
 def test_compare_wants_the_same_problems(tmp_path, capsys):

@@ -7,9 +7,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from benchmarks import on_paper
-from common.model import flops, memory
+from common.model import flops
 from common.model.flops import forward_flops
 from common.model.head import chunked_backward, frozen_hidden_states
+from workflow import memory
 
 
 def test_flops_are_those_that_torch_counts(tokenizer):

@@ -36,7 +36,7 @@ IDS = torch.arange(3, 19)[None]
 
 def adapted(tokenizer, rank: int = 4, moved: bool = True, **changes):
     model = tiny_model(tokenizer, **changes)
-    add_adapters(model, rank, alpha=8.0)
+    add_adapters(model, rank)
     set_adapters(model, seed=3)
     if moved:
         with torch.no_grad():
@@ -64,7 +64,7 @@ def test_the_model_computes_with_the_merged_weights(tokenizer):
     model, plain = adapted(tokenizer), tiny_model(tokenizer).double()
     with torch.no_grad():
         for name, layer in layers_of(model).items():
-            added = 8.0 / 4 * layer.lora_B.double() @ layer.lora_A.double()
+            added = 32 / 4 * layer.lora_B.double() @ layer.lora_A.double()
             plain.get_submodule(name).weight += added
         expected = plain(IDS).logits
         torch.testing.assert_close(model(IDS).logits.double(), expected, atol=1e-4, rtol=1e-4)
@@ -143,7 +143,7 @@ def test_a_checkpoint_holds_adapters_only(tokenizer):
     assert all(".lora_" in name for name in state)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_final_model_is_merged_and_peft_reads_the_adapter(tokenizer, tmp_path, dtype):
     from peft import PeftModel
 
@@ -152,7 +152,7 @@ def test_the_final_model_is_merged_and_peft_reads_the_adapter(tokenizer, tmp_pat
     tiny_model(tokenizer).save_pretrained(tmp_path / "base")
     save_final(model, tokenizer, tmp_path / "final", dtype)
     final = load_file(tmp_path / "final" / "model.safetensors")
-    expected = dict(whole_weights(model, getattr(torch, dtype)))
+    expected = dict(whole_weights(model, dtype))
     assert final.keys() == expected.keys()
     assert all(torch.equal(final[name], expected[name]) for name in final)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -160,14 +160,14 @@ def test_the_final_model_is_merged_and_peft_reads_the_adapter(tokenizer, tmp_pat
         logits = model(IDS).logits
         theirs = PeftModel.from_pretrained(base, tmp_path / "final" / "adapter").eval()(IDS).logits
         torch.testing.assert_close(theirs, logits, atol=1e-5, rtol=1e-5)
-        if dtype == "float32":
+        if dtype == torch.float32:
             merged = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()(IDS).logits
             torch.testing.assert_close(merged, logits, atol=1e-5, rtol=1e-4)
 
 
 def test_ranks_that_are_too_large(tokenizer):
     with pytest.raises(UserError, match="--lora_rank 17 is above the width of .*, 16"):
-        add_adapters(tiny_model(tokenizer), 17, 32.0)
+        add_adapters(tiny_model(tokenizer), 17)
 
 
 @pytest.mark.parametrize("module", [grpo, opd, fkl_warmup])
@@ -184,6 +184,8 @@ def test_adapters_begin_alike_whatever_else_was_drawn(module):
     assert all(torch.equal(a, b) for a, b in pairs)
     layers, others = layers_of(one), layers_of(seeded)
     assert len({layer.in_features / layer.out_features for layer in layers.values()}) > 1
+    starts = {layer.lora_A.flatten()[0].item() for layer in layers.values()}
+    assert len(starts) == len(layers)  # each from a seed of its own
     for name, layer in layers.items():
         assert not torch.equal(layer.lora_A, others[name].lora_A)
         # Uniform in +-1/sqrt(in): the largest of so many is just below.

@@ -11,8 +11,8 @@ import grpo
 import opd
 from common.model.head import head_backward
 from common.model.logprob import token_logprobs
-from common.sampling.batches import micro_batches
-from common.sampling.rollout import Rollout
+from common.run.run import mean
+from common.sampling.batches import micro_batches, minibatches
 from common.tasks.task import Verdict
 
 N, V = 7, 11
@@ -165,15 +165,6 @@ def test_groups_are_mixed_where_grades_differ(rollouts):
     assert [r.advantage for r in rollouts[4:8]] == [0.125, -0.125, -0.125, 0.125]
 
 
-@pytest.mark.parametrize(("length", "penalty"), [(1, 0), (6, 0), (7, 0.25), (9, 0.75), (10, 1)])
-def test_soft_overlong_penalty(length, penalty):
-    """DAPO (arXiv 2503.14476), equation 13: 0 up to L_max - L_cache, then linear, -1 at L_max."""
-    rollout = Rollout([1], [2] * length, None, "eos", "", verdict=Verdict("correct", 1.0))
-    assert grpo.reward(rollout, grpo.Args(max_new_tokens=10)) == 1
-    args = grpo.Args(max_new_tokens=10, overlong_buffer=4)
-    assert grpo.reward(rollout, args) == pytest.approx(1 - penalty)
-
-
 @pytest.mark.parametrize("agg", ["token", "sequence", "dr_grpo"])
 @pytest.mark.parametrize("mask_truncated", [True, False])
 def test_loss_aggregation(model, rollouts, agg, mask_truncated):
@@ -266,18 +257,20 @@ def test_opd_divergences(kind, temperature):
 
 
 @pytest.mark.parametrize("hard_labels", [False, True])
-def test_fkl_loss(hard_labels):
-    args = fkl_warmup.Args(hard_labels=hard_labels)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_fkl_loss(hard_labels, temperature):
+    args = fkl_warmup.Args(hard_labels=hard_labels, temperature=temperature)
     student, teacher = random_logits(0), random_logits(1)
     loss, _ = fkl_warmup.loss_fn(student, teacher, TOKENS, args)
     expected = 0.0
     for n in range(N):
-        s, t = (log_softmax_loop(x[n].double().tolist(), 1.0) for x in (student, teacher))
+        s, t = (log_softmax_loop(x[n].double().tolist(), temperature) for x in (student, teacher))
         expected += -s[TOKENS[n]] if hard_labels else divergence_loop("forward_kl", s, t)
     assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_sampled_opd_has_the_expected_gradient_of_the_full_reverse_kl():
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_opd_has_the_expected_gradient_of_the_full_reverse_kl(temperature):
     """Enumerated: the sampled gradients of all tokens, weighted by the student's probabilities."""
     student, teacher = random_logits(0)[:1], random_logits(1)[:1]
 
@@ -286,13 +279,14 @@ def test_sampled_opd_has_the_expected_gradient_of_the_full_reverse_kl():
         loss, _ = opd.loss_fn(logits, teacher, torch.tensor([token]), args)
         return loss.item(), torch.autograd.grad(loss, logits)[0]
 
-    full, full_gradient = loss_and_gradient(0, opd.Args())
+    full, full_gradient = loss_and_gradient(0, opd.Args(temperature=temperature))
     expected_gradient, expected_loss = torch.zeros_like(student), 0.0
-    logp, logq = student.log_softmax(-1)[0], teacher.log_softmax(-1)[0]
-    for token, probability in enumerate(student.softmax(-1)[0]):
-        loss, gradient = loss_and_gradient(token, opd.Args(estimator="sampled"))
+    logp, logq = ((x[0] / temperature).log_softmax(-1) for x in (student, teacher))
+    args = opd.Args(estimator="sampled", temperature=temperature)
+    for token, probability in enumerate(logp.exp()):
+        loss, gradient = loss_and_gradient(token, args)
         # The advantage is detached. (If it is not, a term is added whose expectation is 0.)
-        score = torch.eye(V)[token] - logp.exp()  # the gradient of log pi of this token
+        score = (torch.eye(V)[token] - logp.exp()) / temperature  # the gradient of log pi
         of_token = (logp - logq)[token] * score
         torch.testing.assert_close(gradient[0], of_token, atol=1e-6, rtol=1e-4)
         expected_gradient += probability * gradient
@@ -527,6 +521,25 @@ def test_eos_keeps_its_loss_where_pad_is_eos(rollouts, tokenizer):
         rollout.completion_ids[-1] = eos
     batches = list(micro_batches(rollouts, 150, torch.device("cpu")))
     assert sum(int((batch.tokens == eos).sum()) for batch in batches) >= len(rollouts)
+
+
+def test_minibatches_are_shuffled_passes(rollouts):
+    """Each pass has every rollout once, and another order; a seed gives the same again."""
+    for n, rollout in enumerate(rollouts):
+        rollout.key = (0, n)
+    passes = list(minibatches(rollouts, "0-1", 2, 3))
+    assert [len(part) for part in passes] == [7, 7, 6] * 2
+    for first in (0, 3):
+        keys = [rollout.key for part in passes[first : first + 3] for rollout in part]
+        assert sorted(keys) == [rollout.key for rollout in rollouts]
+    assert passes[:3] != passes[3:]
+    assert list(minibatches(rollouts[::-1], "0-1", 2, 3)) == passes
+    assert list(minibatches(rollouts, "0-2", 2, 3)) != passes
+
+
+def test_a_mean_is_over_the_updates_that_have_the_metric():
+    updates = [{"a": 1.0}, {"a": 3.0, "b": 4.0}, {"a": 5.0, "b": 6.0}]
+    assert mean(updates) == {"a": 3.0, "b": 5.0}
 
 
 def test_no_gradient_reaches_an_unused_word(tokenizer, teacher, rollouts):

@@ -7,12 +7,10 @@ import sys
 import pytest
 from transformers import LlamaConfig, Qwen3Config
 
-import fkl_warmup
 import grpo
 import opd
-from common.model import memory
-from common.run.errors import UserError
 from common.run.inputs import ROOT
+from workflow import memory
 
 SHAPES = {
     "SmolLM2-135M": LlamaConfig(
@@ -91,7 +89,9 @@ def test_the_plan_is_within_15_percent_of_the_measured_peak(name):
     assert done.returncode == 0, done.stderr
     measured = float(done.stdout)
     shape = memory.shape_of_config(SHAPES[name])
-    planned = memory.plan(grpo.Args(**flags), shape, [], shape, ranks=1).peak("update")
+    planned = memory.plan(grpo.Args(**flags), shape, [], shape, ranks=1, loss_is_fused=True).peak(
+        "update"
+    )
     print(f"{name}: {measured / 1e9:.2f} GB measured, {planned / 1e9:.2f} GB planned")
     assert planned == pytest.approx(measured, rel=0.15)
 
@@ -124,7 +124,7 @@ def plan_of(name: str, ranks: int, **flags) -> memory.Plan:
     own = {"dtype": "bfloat16", "max_prompt_tokens": 3072, "max_new_tokens": 16384}
     own |= {"micro_batch_tokens": 1, "activation_checkpointing": True, "chunk_size": 1024}
     args = grpo.Args(**own | flags)
-    return memory.plan(args, shape, [shape], shape, ranks, gpu_memory=80e9)
+    return memory.plan(args, shape, [shape], shape, ranks, gpu_memory=80e9, loss_is_fused=True)
 
 
 def test_an_8b_teacher_fits_one_gpu_with_its_states_in_host_memory_only():
@@ -157,36 +157,15 @@ def test_what_vllm_needs_is_more_than_weights():
     assert (2 * shape.params + cache) / 4 + sampler < shared < needs / 2
 
 
-def test_dry_run_says_whether_it_fits_and_loads_nothing(capsys, tmp_path):
-    flags = {"model": "Qwen/Qwen3-8B", "learning_rate": 1e-6, "dtype": "bfloat16"}
-    own = {"dry_run": True, "gpu_memory_gb": 80.0, "output_dir": str(tmp_path / "run")}
-    memory.print_plan(grpo.Args(**flags, **own))
-    printed = capsys.readouterr().out
-    assert "does NOT fit a GPU of 80 GB" in printed
-    assert "computed, not measured" in printed
-    assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match="no memory plan of some/model"):
-        memory.print_plan(grpo.Args(**flags | {"model": "some/model"}, **own))
-
-
-def test_the_models_of_each_trainer():
-    """Which is trained, which are frozen beside it, which samples."""
-    models = {"model": "student", "teacher": "teacher"}
-    assert memory.models_of(grpo.Args(model="m")) == ("m", ["m"], "m")
-    assert memory.models_of(grpo.Args(model="m", kl_coef=0.0)) == ("m", [], "m")
-    assert memory.models_of(opd.Args(**models)) == ("student", ["teacher"], "student")
-    assert memory.models_of(fkl_warmup.Args(**models)) == ("student", ["teacher"], "teacher")
-    on_file = fkl_warmup.Args(**models, rollouts="rollouts.jsonl")
-    assert memory.models_of(on_file) == ("student", ["teacher"], None)
-
-
-def test_given_rollouts_need_no_memory_for_sampling():
-    file = {"model": "toy/student", "rollouts": "rollouts.jsonl"}
-    plans = [
-        memory.plan_of(fkl_warmup.Args(**f), 1, None) for f in (file, {**file, "rollouts": None})
-    ]
-    names = [{item.name for item in plan.items} for plan in plans]
-    assert names[1] - names[0] == {"sampling: model and cache"}
+def test_losses_of_plain_torch_take_copies_of_a_chunk_on_a_gpu():
+    """On a CPU they are made of a few rows at a time."""
+    shape, args = memory.shape_of("Qwen/Qwen3-1.7B"), opd.Args(chunk_size=1024)
+    for gpu_memory, copies in ((80e9, memory.LOSS_COPIES), (None, 0)):
+        fused, plain = (
+            memory.plan(args, shape, [shape], shape, 1, gpu_memory, loss_is_fused=fused)
+            for fused in (True, False)
+        )
+        assert plain.peak("update") - fused.peak("update") == 1024 * 151_936 * copies
 
 
 def test_adapters_take_megabytes():
@@ -194,7 +173,9 @@ def test_adapters_take_megabytes():
     reference, no gradient of head or embedding."""
     base = {"dtype": "bfloat16", "max_prompt_tokens": 3072, "max_new_tokens": 16384}
     args = grpo.Args(model="Qwen/Qwen3-8B", lora_rank=32, **base)
-    sizes = {item.name: item.size for item in memory.plan_of(args, 1, 80e9).items}
+    shape = memory.shape_of(args.model)
+    plan = memory.plan(args, shape, [], shape, 1, 80e9, loss_is_fused=True)
+    sizes = {item.name: item.size for item in plan.items}
     q_and_o, k_and_v, mlp = 2 * (4096 + 4096), 2 * (4096 + 1024), 3 * (4096 + 12288)
     adapters = 32 * 36 * (q_and_o + k_and_v + mlp)
     assert sizes["weights, float32"] == 4 * adapters

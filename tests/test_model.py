@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,9 @@ from conftest import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from common.model import save as saving
-from common.model.load import check_shapes, end_ids, load_model, load_tokenizer, share_end_ids
+from common.model.load import check_shapes, load_model
+from common.model.lora import whole_weights
+from common.model.tokenizer import end_ids, load_tokenizer, share_end_ids
 from common.run.errors import UserError
 from common.run.inputs import ROOT
 from common.sampling.torch_engine import TorchEngine
@@ -100,12 +101,11 @@ def test_what_loads_can_be_saved(tmp_path, settings):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_model_is_saved_in_files_of_bounded_size(tokenizer, tmp_path, monkeypatch, dtype, tied):
+def test_a_model_is_saved_in_files_of_bounded_size(tokenizer, tmp_path, dtype, tied):
     """And loads as transformers' own save does."""
     model = tiny_model(tokenizer, tie_word_embeddings=tied)
-    monkeypatch.setattr(saving, "SHARD_BYTES", 20_000)
-    (tmp_path / "parts").mkdir()
-    saving.save_model(model, tmp_path / "parts", dtype, writes=True)
+    weights = saving.gather_weights(whole_weights(model, dtype))
+    saving.save_model(model, weights, tmp_path / "parts", dtype, shard_size="20KB")
     model.to(dtype).save_pretrained(tmp_path / "whole")
     sizes = [path.stat().st_size for path in (tmp_path / "parts").glob("*.safetensors")]
     assert len(sizes) > 1
@@ -121,13 +121,32 @@ def test_a_model_is_saved_in_files_of_bounded_size(tokenizer, tmp_path, monkeypa
 
 
 def test_the_type_of_a_models_files(tmp_path):
-    assert saving.file_dtype("toy/student") == "float32"
+    assert saving.file_dtype("toy/student") == torch.float32
     load_model("toy/student", "bfloat16", CPU).save_pretrained(tmp_path)
-    assert saving.file_dtype(str(tmp_path)) == "bfloat16"
+    assert saving.file_dtype(str(tmp_path)) == torch.bfloat16
+
+
+def test_what_is_trained_has_float32_weights():
+    """Pure bfloat16 weights do not move at a rate of 1e-6."""
+    for dtype, trainable, expected in (
+        ("bfloat16", True, torch.float32),
+        ("bfloat16", False, torch.bfloat16),
+        ("float32", False, torch.float32),
+    ):
+        model = load_model("toy/student", dtype, CPU, trainable)
+        assert {parameter.dtype for parameter in model.parameters()} == {expected}
+        assert {parameter.requires_grad for parameter in model.parameters()} == {trainable}
+
+
+def test_an_ordinary_token_that_a_template_writes_behind_an_answer_ends_no_turn(tokenizer):
+    template = "{% for m in messages %}{{ m.content }}={% endfor %}"
+    dotted = AutoTokenizer.from_pretrained(ROOT / "toy" / "student")
+    dotted.chat_template = template
+    assert end_ids(dotted) == [dotted.eos_token_id]
 
 
 def test_lengths_beyond_the_models_positions():
     names = ("toy/student", "toy/teacher")
-    check_shapes(SimpleNamespace(max_prompt_tokens=128, max_new_tokens=384), *names)
+    check_shapes(*names, length=512)
     with pytest.raises(UserError, match="are 513 together, and toy/student takes at most 512"):
-        check_shapes(SimpleNamespace(max_prompt_tokens=128, max_new_tokens=385), *names)
+        check_shapes(*names, length=513)

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,10 +19,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen3Config
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from common.model.load import end_ids
 from common.model.logprob import likeliest, token_logprobs
-from common.run.atomic_files import write_jsonl
+from common.model.tokenizer import end_ids
 from common.run.errors import UserError
+from common.run.folder import write_jsonl
 from common.sampling import decoding
 from common.sampling.rollout import Rollout, load_rollouts, rollout_metrics, verify
 from common.sampling.sampler import sample_and_verify
@@ -157,6 +158,8 @@ def test_the_likeliest_words_are_topks(num_words):
         expected, found = x.topk(k), likeliest(x, k)
         assert torch.equal(expected.values, found.values)
         assert torch.equal(x.gather(1, found.indices), found.values)
+    x[:, -1] = 9.0  # in no whole block of a large vocabulary
+    assert likeliest(x, 1).indices.tolist() == [[num_words - 1]] * 4
 
 
 @pytest.mark.parametrize("layout", ["as the query", "transposed"])
@@ -199,12 +202,8 @@ def test_a_batch_is_as_large_as_memory_takes():
 def test_text_and_verdicts(task, tokenizer):
     model = tiny_model(tokenizer)
     prompts = [prompt_of("p", ids) for ids in prompts_of_many_lengths(tokenizer, 2)]
-
-    class Args:
-        max_new_tokens, temperature = 6, 1.0
-
-    engine = TorchEngine(model, tokenizer)
-    rollouts = sample_and_verify(engine, task, prompts, 2, Args, (SEED,))
+    engine, sizes = TorchEngine(model, tokenizer), {"max_new_tokens": 6, "temperature": 1.0}
+    rollouts = sample_and_verify(engine, task, prompts, 2, seed=(SEED,), **sizes)
     for rollout in rollouts:
         assert rollout.text == tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
         assert (rollout.problem.text, rollout.problem.gold) == ("p", "1")
@@ -215,10 +214,6 @@ def test_text_and_verdicts(task, tokenizer):
 
 def test_given_rollouts_are_read_back(task, tmp_path, tokenizer):
     """Token ids as they were, text with an EOS, and nothing of other problems."""
-
-    class Args:
-        rollouts, max_new_tokens = str(tmp_path / "rows.jsonl"), 20
-
     ids = tokenizer("1+1=2;", add_special_tokens=False)["input_ids"]
     rows = [
         {"problem": "1+1", "completion": "1+1=2;", "completion_ids": ids},
@@ -226,23 +221,51 @@ def test_given_rollouts_are_read_back(task, tmp_path, tokenizer):
         {"problem": "2+2", "completion": r"\boxed{4}"},
         {"problem": "1+1", "completion": "1" * 40},
     ]
+    path, prompts = str(tmp_path / "rows.jsonl"), [prompt_of("1+1", [5, 6])]
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    rollouts = load_rollouts(task, tokenizer, [prompt_of("1+1", [5, 6])], Args)
+    rollouts = load_rollouts(path, task, tokenizer, prompts, 20)
     assert [rollout.completion_ids for rollout in rollouts] == [
         ids,
         [*tokenizer(r"\boxed{2}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id],
     ]
     write_jsonl(tmp_path / "rows.jsonl", rows[2:3])
     with pytest.raises(UserError, match="0 of its 1 completions"):
-        load_rollouts(task, tokenizer, [prompt_of("1+1", [5, 6])], Args)
+        load_rollouts(path, task, tokenizer, prompts, 20)
+
+
+def test_sampled_and_given_rollouts_know_that_their_prompt_opened_a_thought(
+    model, task, tmp_path, tokenizer
+):
+    prompts = [replace(prompt_of("1+1", [5, 6]), opens_thought=opens) for opens in (True, False)]
+    engine, sizes = TorchEngine(model, tokenizer), {"max_new_tokens": 2, "temperature": 1.0}
+    rollouts = sample_and_verify(engine, task, prompts, 2, seed=(SEED,), **sizes)
+    assert [rollout.opens_thought for rollout in rollouts] == [True, True, False, False]
+    write_jsonl(tmp_path / "rows.jsonl", [{"problem": "1+1", "completion": "2"}])
+    for prompt in prompts:
+        path = str(tmp_path / "rows.jsonl")
+        (rollout,) = load_rollouts(path, task, tokenizer, [prompt], 20)
+        assert rollout.opens_thought == prompt.opens_thought
+
+
+def test_a_given_row_of_a_conversation_is_found_by_its_key(task, tmp_path, tokenizer):
+    """Its text, the last message, is not all of it."""
+    prompt = prompt_of("Alice: 1+1", [5, 6])
+    row = {"problem": "Go on.", "completion": "2", "key": prompt.problem.key}
+    write_jsonl(tmp_path / "rows.jsonl", [row])
+    assert len(load_rollouts(str(tmp_path / "rows.jsonl"), task, tokenizer, [prompt], 20)) == 1
+
+
+def test_given_token_ids_of_another_text_are_encoded_from_the_text(task, tmp_path, tokenizer):
+    """An edited completion, or ids of another tokenizer."""
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("3", "2")]
+    row = {"completion": "2", "completion_ids": ids[0]}
+    assert given(task, tmp_path, tokenizer, row) == [*ids[1], tokenizer.eos_token_id]
 
 
 def given(task, tmp_path, tokenizer, row: dict) -> list[int]:
-    class Args:
-        rollouts, max_new_tokens = str(tmp_path / "row.jsonl"), 20
-
+    path, prompts = str(tmp_path / "row.jsonl"), [prompt_of("1+1", [5, 6])]
     write_jsonl(tmp_path / "row.jsonl", [{"problem": "1+1", "completion": "2"} | row])
-    (rollout,) = load_rollouts(task, tokenizer, [prompt_of("1+1", [5, 6])], Args)
+    (rollout,) = load_rollouts(path, task, tokenizer, prompts, 20)
     return rollout.completion_ids
 
 

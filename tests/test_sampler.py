@@ -2,6 +2,9 @@
 
 from types import SimpleNamespace
 
+import pytest
+from conftest import prompt_of
+
 from common.run.run import Progress
 from common.sampling.sampler import Sampler, Stream
 
@@ -26,8 +29,10 @@ def test_given_rollouts_are_drawn_as_they_are(model, tokenizer, task, rollouts):
     verdicts are new."""
     drawn = []
     args = SimpleNamespace(seed=0, group_size=4, dtype="float32")
-    run = SimpleNamespace(args=args, progress=Progress(), add_drawn=drawn.extend)
-    with Sampler("torch", model, model, tokenizer, task, rollouts, [], run) as sampler:
+    run = SimpleNamespace(progress=Progress(), count_rollouts=drawn.extend)
+    models = {"sampled": model, "trained": model, "tokenizer": tokenizer, "backend": "torch"}
+    inputs = {"task": task, "dataset": rollouts, "eval_prompts": []}
+    with Sampler(args=args, run=run, **models, **inputs) as sampler:
         steps = [sampler.draw(1, (0, step)) for step in range(1, 6)]
     assert [len(step) for step in steps] == [4] * 5
     assert len({rollout.key for rollout in drawn}) == len(rollouts)
@@ -35,3 +40,21 @@ def test_given_rollouts_are_drawn_as_they_are(model, tokenizer, task, rollouts):
     assert sorted(rollout.completion_ids for rollout in drawn) == expected
     assert all(rollout.verdict.outcome == "no_answer" for rollout in drawn)
     assert [r for step in steps for r in step] == drawn
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"), [(2, [2, 4, 5]), (5, [5]), (9, [5]), (1, [1, 2, 3, 4, 5])]
+)
+def test_evaluations_come_every_few_steps_and_after_the_last(
+    model, tokenizer, task, rollouts, every, steps
+):
+    phases = []
+    sizes = {"max_new_tokens": 2, "temperature": 1.0, "num_steps": 5, "eval_every": every}
+    args = SimpleNamespace(seed=0, group_size=4, dtype="float32", **sizes)
+    run = SimpleNamespace(progress=Progress(), phase=phases.append)
+    models = {"sampled": model, "trained": model, "tokenizer": tokenizer, "backend": "torch"}
+    inputs = {"task": task, "dataset": rollouts, "eval_prompts": [prompt_of("p", [5, 6])]}
+    sampler = Sampler(args=args, run=run, **models, **inputs)
+    evaluated = [step for step in range(1, 6) if sampler.evaluate(step)]
+    assert evaluated == steps
+    assert phases == ["evaluate"] * len(steps)

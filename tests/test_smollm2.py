@@ -3,6 +3,7 @@ steps of GRPO and OPD in bfloat16."""
 
 import json
 import math
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -26,6 +27,7 @@ def run(script: str, *flags: object) -> str:
         [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)],
         capture_output=True,
         text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests" / "vllm_cpu")},
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr

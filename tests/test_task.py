@@ -56,13 +56,10 @@ def test_a_task_of_ten_lines(tmp_path):
         "    right = sum(a == b for a, b in zip(completion, gold(row)))\n"
         "    return True if completion == gold(row) else right / 3\n"
     )
-    with Task(write(tmp_path, code), system="Be brief.") as task:
+    with Task(write(tmp_path, code)) as task:
         assert task.datasets == {"words": "words.jsonl"}
         (problem,) = task.problems([{"word": "abc", "level": 3}], "dataset d")
-        assert problem.messages == (
-            {"role": "system", "content": "Be brief."},
-            {"role": "user", "content": "abc\nWrite it backwards."},
-        )
+        assert problem.messages == ({"role": "user", "content": "abc\nWrite it backwards."},)
         assert (problem.text, problem.gold) == ("abc", "cba")
         assert problem.where == "dataset d, row 1"
         assert task.grade(["cba", "cbx", "xyz", "", "<think>no</think>cba"], [problem] * 5) == [

