@@ -156,3 +156,13 @@ def test_divergences_are_those_of_float64(kind, dtype, scale, temperature, words
         leaf = student.clone().requires_grad_()
         loss, _ = fkl_warmup.loss_fn(leaf, teacher, TOKENS[:4], args)
         assert torch.equal(torch.autograd.grad(loss, leaf)[0], gradient)
+
+
+def test_overlap_is_the_share_of_the_teachers_likeliest_words_that_the_student_has():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 5, 60, generator=generator)
+    _, metrics = opd.loss_fn(student, teacher, TOKENS[:5], opd.Args())
+    tops = [[set(row.topk(16).indices.tolist()) for row in x] for x in (student, teacher)]
+    expected = sum(len(a & b) / 16 for a, b in zip(*tops, strict=True))
+    assert 0 < expected < 5
+    assert metrics["policy/topk_overlap"].item() == pytest.approx(expected)
