@@ -67,11 +67,15 @@ MUTANTS = [
     ("tests/test_task.py -k earlier_call", [(POOL, "if number != worker.number:", "if False:")]),
     # --- the loss, its gradient, and the sum that divides it ---
     ("tests/test_losses.py tests/test_gradients.py", [
+        (GRPO, "rewards.std(1, keepdim=True)", "rewards.std(1, correction=0, keepdim=True)"),
+        (GRPO, "zip(batch.rollouts, logprobs", "zip(rollouts[:len(lengths)], logprobs"),
         (GRPO, "batch.tokens, args.temperature,", "batch.tokens, 1.0,"),
         (GRPO, "engine_ratio = (old_logprobs", "engine_ratio = (logprobs.detach()"),
         (GRPO, "for r in rollouts), 0.0)", "for r in with_gradient(rollouts, args)), 0.0)"),
+        (GRPO, "sum_over_ranks(len(rollouts)) * a", "args.prompts_per_step * args.group_size * a"),
         (GRPO, "r.weight > 0 and", "r.weight >= 0 and"),
         (OPD, "likeliest(logp.detach(), min", "likeliest(logq, min"),
+        (OPD, "(student - teacher)).sum(-1)", "(student - teacher))[:, :-1].sum(-1)"),
         (OPD, "/ args.temperature).log_softmax(-1)", ").log_softmax(-1)"),
         (OPD, "- math.log(2)", "- 0.5 * math.log(2)"),
         (OPD, ".clamp(min=LOWEST)", ""),
@@ -79,6 +83,7 @@ MUTANTS = [
         (FKL, "/ args.temperature).log_softmax(-1)", ").log_softmax(-1)"),
         (HEAD, "if weight.grad is None:", "if True:"),
         (HEAD, "total[words] += ", "total[words] = "),
+        (HEAD, "(loss_sum / denominator, part)", "(loss_sum / len(hidden), part)"),
         (HEAD, "            logits[rows] = gradient", "            logits[rows] += gradient"),
         (LOGPROB, "logits.float() / temperature)", "logits.float())"),
         (DISTANCE, "for x in (logp, logq))", "for x in (logp, logp))"),
@@ -88,7 +93,7 @@ MUTANTS = [
     ]),
     # --- sampling ---
     ("tests/test_rollout.py tests/test_sampler.py", [
-        (ENGINE, "if min(map(len, prompts)) < width:", "if False:"),
+        (ENGINE, "= bool(padding.any())", "= False"),
         (ENGINE, "for seed in seeds[batch] for g", "for seed in seeds[: len(seeds[batch])] for g"),
         (LOGPROB, "torch.arange(whole, num_words,", "torch.arange(num_words, num_words,"),
         (SAMPLER, "if index == 0 or not taken:", "if not taken:"),
@@ -123,14 +128,17 @@ MUTANTS = [
         (TOKENIZER, "special.intersection(behind)", "set(behind)"),
     ]),
     # --- grading and evaluation ---
-    ("tests/test_task.py -k 'not deadline'", [
+    ("tests/test_task.py", [
         (POOL, "self._tried_again.clear()", "pass"),
         (POOL, 'Reply("timeout", None, worker.note)', 'Reply("timeout")'),
         (POOL, "self.note, self.number = call, None,", "_, self.number = call, None,"),
     ]),
-    ("tests/test_evaluate.py -k 'not interval'", [
+    ("tests/test_evaluate.py tests/test_report.py", [
         (EVALUATE, "seed=(*seed, first), **s", "seed=(*seed, 0), **s"),
+        (EVALUATE, "rewards >= pass_threshold", "rewards > pass_threshold"),
         (EVALUATE, 'not in ("timeout", "crash")', 'not in ("timeout",)'),
+        (STATISTICS, "low_a, high_b - mean_b)", "low_a, mean_b - low_b)"),
+        (STATISTICS, "alpha / (len(order) - rank)", "alpha / len(order)"),
     ]),
 ]
 # fmt: on
