@@ -214,12 +214,13 @@ def test_votes_of_a_task_with_partial_rewards(tmp_path):
         assert majority_votes(task, rollouts, 4) == [0.5, 0.75]
 
 
+@pytest.mark.parametrize("outcome", ["timeout", "crash"])
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 0, 1, 3), (3, 2, 1, 0)])
-def test_a_vote_does_not_depend_on_the_order_of_the_samples(tmp_path, order):
+def test_a_vote_does_not_depend_on_the_order_of_the_samples(tmp_path, order, outcome):
     """An answer whose last sample could not be graded; one that earned two rewards."""
     path = tmp_path / "own.py"
     path.write_text(OWN_TASK + "def answer(completion): return completion\n")
-    late = Verdict("timeout", 0.0, "42")
+    late = Verdict(outcome, 0.0, "42")
     right, wrong = Verdict("correct", 1.0, "42"), Verdict("wrong", 0.0, "7")
     half, some = Verdict("partial", 0.9, "x"), Verdict("partial", 0.1, "x")
     with Task(str(path)) as task:
@@ -314,6 +315,15 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(
     assert [r.row() for r in resumed] == [r.row() for r in expected]
     sample_benchmark(engine, task, prompts, args, (1, 0), cut)
     assert engine.calls == batches  # nothing is left to sample
+
+
+def test_each_batch_has_seeds_of_its_own(model, tokenizer, task, tmp_path):
+    """So that a prompt asked in two batches is answered anew."""
+    prompts = [prompt_of("p", prompts_of_many_lengths(tokenizer, 1)[0])] * 4
+    args = evaluate.Args(num_samples=2, max_new_tokens=12, temperature=5.0)
+    engine = TorchEngine(model, tokenizer, batch_size=4)
+    rollouts = sample_benchmark(engine, task, prompts, args, (1, 0), tmp_path / "samples.jsonl")
+    assert len({tuple(rollout.completion_ids) for rollout in rollouts}) == 8
 
 
 def test_compare_wants_the_same_problems(tmp_path, capsys):

@@ -4,15 +4,16 @@ import math
 
 import pytest
 import torch
-from conftest import gradients, tiny_model, torchrun
+from conftest import generate, gradients, prompts_of_many_lengths, tiny_model, torchrun
 
 import fkl_warmup
 import grpo
 import opd
-from common.model.head import head_backward
+from common.model.head import _add_product, head_backward
 from common.model.logprob import token_logprobs
 from common.run.run import mean
 from common.sampling.batches import micro_batches, minibatches
+from common.sampling.torch_engine import TorchEngine
 from common.tasks.task import Verdict
 
 N, V = 7, 11
@@ -185,6 +186,16 @@ def test_loss_aggregation(model, rollouts, agg, mask_truncated):
         assert share == pytest.approx(expected if rollout in kept else 0.0)
 
 
+def test_masked_completions_are_not_logged_either(model, rollouts):
+    """Metrics are means over the tokens that have a loss."""
+    args = grpo.Args(group_size=4, mask_truncated=True)
+    grpo.set_advantages(rollouts, args)
+    kept = [rollout for rollout in rollouts if rollout.finish == "eos"]
+    assert 0 < len(kept) < len(rollouts)
+    logged, of_kept = (grpo.backward(model, part, args) for part in (rollouts, kept))
+    assert logged == pytest.approx(of_kept)
+
+
 def test_dynamic_sampling_keeps_groups_of_mixed_outcomes(rollouts):
     kept = grpo.mixed_groups(rollouts, 4)
     assert [id(r) for r in kept] == [id(r) for r in rollouts[4:16]]
@@ -210,9 +221,13 @@ def test_groups_that_all_agree_leave_no_gradient(model, rollouts):
     assert gradients(model) == {}
 
 
-def test_old_logprobs_are_the_rollouts_own(model, rollouts):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_old_logprobs_are_the_rollouts_own(model, tokenizer, temperature):
     """Same weights: the log-probs of a second pass are those that were sampled with."""
-    args = grpo.Args(micro_batch_tokens=60)
+    settings = {"max_new_tokens": 12, "temperature": temperature}
+    prompts = prompts_of_many_lengths(tokenizer)
+    rollouts = generate(TorchEngine(model, tokenizer), prompts, 4, **settings)
+    args = grpo.Args(micro_batch_tokens=60, temperature=temperature)
     grpo.set_logprobs("old_logprobs", model, rollouts, args)
     for rollout in rollouts:
         torch.testing.assert_close(rollout.old_logprobs, rollout.logprobs, atol=1e-5, rtol=1e-4)
@@ -470,6 +485,16 @@ def test_every_row_of_the_head_buffer_is_added_to_not_replaced():
     once.load_state_dict(model.state_dict())
     (-token_logprobs(once.head(hidden), TOKENS)[0].sum()).backward()
     torch.testing.assert_close(model.head.weight.grad, 2 * once.head.weight.grad)
+
+
+def test_a_float32_head_adds_up_the_gradients_of_bfloat16_logits():
+    """Of every chunk and call, block by block of its words."""
+    logits_grad, hidden = torch.randn(6, 9000).bfloat16(), torch.randn(6, 4).bfloat16()
+    total = torch.zeros(9000, 4)
+    for rows in (slice(0, 4), slice(4, 6)):
+        _add_product(total, logits_grad[rows], hidden[rows])
+    expected = logits_grad.float().T @ hidden.float()
+    torch.testing.assert_close(total, expected, atol=0.1, rtol=0.02)
 
 
 # === which tokens are in the loss ===

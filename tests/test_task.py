@@ -272,6 +272,15 @@ def test_a_reply_to_an_earlier_call_is_none_to_this_one(tmp_path):
         assert len(task.pool._workers) == 1  # nobody was replaced meanwhile
 
 
+def test_what_an_earlier_completion_answered_is_not_this_ones_answer(tmp_path):
+    code = GOOD + "import time\n"
+    code += "def answer(completion): return completion if completion == 'a' else time.sleep(60)\n"
+    with Task(write(tmp_path, code), timeout_s=0.5) as task:
+        task.pool.num_workers = 1
+        first, second = grade(task, ["a", "slow"], ["1", "1"])
+        assert (first.answer, second) == ("a", Verdict("timeout", 0.0, None))
+
+
 def test_any_thread_may_call(task):
     results = {}
 

@@ -310,6 +310,23 @@ def test_groups_that_agree_are_drawn_again_so_often_and_no_oftener(rollouts, mix
 # === where it stops ===
 
 
+def test_a_failure_in_mid_update_saves_nothing(tmp_path, monkeypatch):
+    """The model is no completed step's then."""
+    step, calls = torch.optim.AdamW.step, []
+
+    def interrupted(optimizer, *args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise RunFailure("the second update of the second step")
+        return step(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    with pytest.raises(RunFailure):
+        trained(grpo, tmp_path / "run", num_steps=3, num_minibatches=2)
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    assert (tmp_path / "run" / "rollouts" / "step_1.jsonl").exists()
+
+
 @pytest.mark.parametrize("module", TRAINERS)
 def test_a_signal_while_a_step_samples_saves_the_step_before_as_it_was(
     tmp_path, monkeypatch, module
