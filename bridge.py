@@ -1,25 +1,14 @@
-r"""The workflow: sparse reward on the teacher, dense transfer to the student, sparse reward again.
+"""The workflow: sparse reward on the teacher, dense transfer to the student, sparse reward again.
 
-    route                stages (label uses in brackets), after Table 1 and 3 of the paper
-    cold                 student GRPO on all data [reward]
-    full                 teacher GRPO on all data [reward] -> FKL warmup -> OPD on all data
-    half                 teacher GRPO on 1H [reward] -> FKL -> OPD on 1H -> GRPO on 2H [reward]
-    replay               as half, but the student's GRPO reuses 1H
-    sft_transfer         as half, with SFT on the teacher's samples instead of FKL -> OPD
-    opd_only             as half, with OPD alone
-    semi_opd             as half, with OPD on rollouts of the student that the warmup left
-    sft_teacher          as half, with a teacher tuned on its own right answers [filter] by SFT
-    raw_teacher          FKL -> OPD on all data from the untrained teacher
-    same_size            FKL -> OPD on all data from the student that `cold` has trained
-    cold_matched_tokens  as cold, until it has generated as many tokens as all of `full`
-    cold_matched_flops   as cold, until it has spent as many FLOPs as all of `full`
+A route is a way from the two base models to a trained student; `half` is the paper's. --help lists
+them, from the tables in workflow/routes.py. Beside the paper's, which match labels, there are two
+controls that match compute, and one route of a later paper (semi_opd).
 
-The paper has neither semi_opd nor the last two: it matches labels, not compute.
 Stages that routes share run once. Each stage is a child process whose printed command line can be
 run by itself; it leaves a manifest and is skipped on the next call. At the end OUTPUT_DIR gets
 report.md, report.png and results.json. What only the workflow needs is in workflow/: presets (the
-settings and their sources), routes, stages, machine (what fits it), processes, report, figure,
-paper_results.
+settings and their sources), routes, stages, fit and memory (what fits the machine), budget,
+processes, report, figure, paper_results.
 
     python bridge.py                                             # the toy, on a CPU, in minutes
     python bridge.py --routes all --seeds 1 2 3 --jobs 2         # a study
@@ -35,11 +24,11 @@ from typing import Annotated, Literal
 from common.run.errors import check
 from common.run.process import POSITIVE, check_ranges, start
 from workflow.budget import print_budget
-from workflow.machine import FIT_HEADER, check_fit, find_machine
+from workflow.fit import FIT_HEADER, check_fit, find_machine
 from workflow.presets import fill_in, preset_of
 from workflow.processes import run_stages
 from workflow.report import markdown, write_report
-from workflow.routes import ROUTES, plan
+from workflow.routes import ROUTES, plan, table_of_routes
 from workflow.stages import print_plan
 
 
@@ -90,13 +79,6 @@ class Args:
     host_memory_gb: Annotated[float | None, POSITIVE] = None
     """of this machine; default: what is there"""
 
-    tokens_per_second: tuple[float, float] | None = None
-    """what a GPU samples of teacher and of student, for hours in the budget (with the next two)"""
-    gpu_tflops: Annotated[float | None, POSITIVE] = None
-    """what a GPU can do at most"""
-    mfu: Annotated[float | None, POSITIVE] = None
-    """the share of it that updates use"""
-
     preset: str | None = None
     """a JSON file of settings, laid over those that fit the teacher (workflow/presets.py)"""
     num_steps: Annotated[int | None, POSITIVE] = None
@@ -115,6 +97,10 @@ class Args:
     """train the teacher as adapters of this rank (LoRA), at 10 times the preset's rate"""
     student_lora_rank: Annotated[int | None, POSITIVE] = None
     """the same for the student; OPD at 2 times the preset's rate"""
+    teacher_cpu_offload: bool = False
+    """keep the teacher's weights and optimizer in host memory while it is trained: far slower"""
+    student_cpu_offload: bool = False
+    """the same for the student, and for the teacher beside it"""
     max_prompt_tokens: Annotated[int | None, POSITIVE] = None
     """instead of the preset's, in every stage (as the next three)"""
     max_new_tokens: Annotated[int | None, POSITIVE] = None
@@ -122,7 +108,7 @@ class Args:
     dtype: Literal["float32", "bfloat16"] | None = None
     """compute type"""
     tensor_parallel: Annotated[int | None, POSITIVE] = None
-    """GPUs that share one vLLM; default: as many as its model needs"""
+    """GPUs that share one vLLM, for a model that does not fit one"""
     chat_template: str | None = None
     """a .jinja file, or a model whose chat template is used; default: each model's own, or for a
     student without one the teacher's in every stage"""
@@ -142,21 +128,20 @@ def main(args: Args) -> None:
     stages, evaluations = plan(args, preset, machine)
     check_folder(Path(args.output_dir))
     problems, rows, details = check_fit(args, machine, stages)
-    if args.dry_run and rows:
+    if machine.gpu and rows:
         print(f"\n{markdown(FIT_HEADER, rows)}\n(for each GPU; computed, not measured)\n")
-    print("".join(f"{line}\n" for line in details), end="")
     if args.dry_run:
+        print("\n".join(details))
         print_plan(stages, preset)
-        print_budget(stages, args, machine.all_ranks)
+        print_budget(stages)
         print("".join(f"\nthis would not run: {problem}" for problem in problems))
         return
     began = time.perf_counter()
     if args.only_report:
         check_finished(stages)
     else:
-        hint = "; use more GPUs, smaller models or another --output_dir"
-        check(not problems, "; ".join(problems) + hint)
-        print_budget(stages, args, machine.all_ranks)
+        check(not problems, "; ".join(problems))
+        print_budget(stages)
         run_stages(stages, args.jobs, machine.forks)
     if args.node_rank == 0:
         write_report(Path(args.output_dir), args, evaluations)
@@ -187,4 +172,4 @@ def check_finished(stages: list) -> None:
 
 
 if __name__ == "__main__":
-    start(main, Args, __doc__)
+    start(main, Args, f"{__doc__}\n{table_of_routes()}")

@@ -14,11 +14,11 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import SEED
 
 from common.run.inputs import ROOT
-from workflow.fork_server import ForkServer
 
 pytestmark = pytest.mark.faults
 KILLS = int(os.environ.get("KILLS", "51"))
@@ -33,25 +33,23 @@ SHARD = "shard-00001-model-00001-of-00001.safetensors"  # parameters and optimiz
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 
 
-class Server(ForkServer):
-    """Runs trainers in forked children, so that fifty killed runs do not cost fifty imports."""
+class Server:
+    """Runs trainers, forked from one warm Python."""
 
     def run(self, script: str, folder: Path, fault=None, flags=()) -> int:
-        """The exit code; that of a killed child is negative."""
+        """Return the exit code; that of a killed child is negative."""
         flags = [*TRAINERS[script], *flags, "--output_dir", str(folder)]
-        process = self.start([str(ROOT / f"{script}.py"), *flags], fault=fault)
-        with process.stdout:
-            self.printed = process.stdout.read().decode(errors="replace")
-        return process.wait()
+        words = [str(ROOT / f"{script}.py"), *flags]
+        code, *self.printed = forked.run(words, 1, fault)
+        return code
 
     def output(self) -> str:
-        return self.printed
+        return "".join(self.printed)
 
 
 @pytest.fixture(scope="module")
 def server():
-    with Server(ENVIRONMENT, [str(ROOT / "tests" / "fork_server.py")]) as server:
-        yield server
+    return Server()
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from common.run.errors import UserError
 from common.run.inputs import ROOT, inputs_of
 from common.statistics import judge, t_interval, t_test
 from common.tasks.data import template_fingerprint
-from workflow.machine import find_machine
+from workflow.fit import find_machine
 from workflow.paper_results import CLAIMS, RESULTS, results_of
 from workflow.presets import fill_in, preset_of
 from workflow.routes import plan

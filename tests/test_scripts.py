@@ -1,6 +1,5 @@
 """The scripts as users start them: child processes that train, resume, refuse bad input."""
 
-import functools
 import importlib
 import json
 import math
@@ -9,8 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 
+import forked
 import pytest
 from safetensors.torch import load_file
 from test_model import OTHER_EOS, changed_copy
@@ -19,7 +18,6 @@ from transformers import AutoModelForCausalLM
 from common.model.flops import forward_flops
 from common.run.inputs import ROOT
 from common.run.process import start
-from workflow.fork_server import ForkServer
 
 SMALL = ["--prompts_per_step", "4", "--group_size", "4", "--warmup_steps", "1"]
 TRAINERS = {
@@ -29,22 +27,10 @@ TRAINERS = {
 }
 
 
-@functools.cache
-def fork_server() -> ForkServer:
-    environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    return ForkServer(environment, [str(ROOT / "tests" / "fork_server.py")])
-
-
 def run(script: str, *flags: object) -> subprocess.CompletedProcess:
-    """As run_process, forked from one warm Python (test_fork_server.py: it comes to the same)."""
-    argv = [str(ROOT / f"{script}.py"), *map(str, flags)]
-    with tempfile.NamedTemporaryFile() as errors:
-        process = fork_server().start(argv, cwd=str(ROOT), stderr=errors.name)
-        with process.stdout:
-            output = process.stdout.read().decode()
-        code = process.wait()
-        stderr = errors.read().decode()
-    return subprocess.CompletedProcess(argv, code, output, stderr)
+    """As run_process, forked from one warm Python (test_processes.py: it comes to the same)."""
+    words = [str(ROOT / f"{script}.py"), *map(str, flags)]
+    return subprocess.CompletedProcess(words, *forked.run(words, threads=2))
 
 
 def run_process(script: str, *flags: object, cwd=ROOT) -> subprocess.CompletedProcess:

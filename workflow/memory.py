@@ -27,7 +27,7 @@ from common.sampling.vllm_engine import MAX_NUM_SEQS, batched_tokens
 
 GB = 1e9
 GRAPHS = 1 * GB  # vLLM's CUDA graphs: an allowance too
-SEQUENCES = 8  # whole ones in vLLM's cache, of which most are shorter: with fewer it samples slowly
+SEQUENCES = 4  # whole ones in vLLM's cache, of which most are shorter: with fewer it samples slowly
 LOSS_COPIES = 44  # bytes a logit of float32 copies in opd.py's loss_fn, of jsd: measured
 FIXED = 2 * GB  # CUDA context, communication buffers, fragmentation: an allowance, not measured
 
@@ -78,15 +78,29 @@ class Shape:
 
 @cache
 def shape_of(name: str) -> Shape | None:
-    """From the model's config.json, here or in the hub's cache, or of a known name; else None."""
+    """Return the shape of a model by its config.json, here or in the hub's cache, or by its name;
+    else None."""
     try:
-        config = config_of(name)
-        return config and shape_of_config(config)
-    except (OSError, ValueError, AttributeError):  # damaged, or of an architecture with other names
+        model = empty_model(name)
+        return model and shape_of_model(model)
+    except AttributeError:  # of an architecture with other names
         return None
 
 
+def empty_model(name: str):
+    """Return a model without memory for its weights; None if its config cannot be read."""
+    try:
+        config = config_of(name)
+    except (OSError, ValueError, AttributeError):  # damaged, or of an unknown architecture
+        return None
+    if config is None:
+        return None
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
 def config_of(name: str):
+    """Return a model's config, without the network; None where there is none."""
     path = model_path(name)
     if (Path(path) / "config.json").exists() or try_to_load_from_cache(path, "config.json"):
         return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -97,10 +111,8 @@ def config_of(name: str):
     return None
 
 
-def shape_of_config(config) -> Shape:
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    layer = model.get_decoder().layers[0]
+def shape_of_model(model) -> Shape:
+    config, layer = model.config, model.get_decoder().layers[0]
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv = config.num_key_value_heads * head_size

@@ -7,18 +7,15 @@ A user's own preset is a JSON file, laid over the one that fits the teacher:
 It names kinds of stages (KINDS) and flags of their scripts. Flags of bridge.py come last.
 """
 
-import contextlib
 import importlib
-import io
 import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import tyro
-
 from common.model.tokenizer import lacks_chat_template
 from common.run.errors import UserError, check, one_line
+from common.run.process import parse
 from common.tasks.data import default_decontamination, default_of
 from common.tasks.task import Task
 
@@ -47,10 +44,6 @@ class Setting:
     value: object
     note: str = ""
     source: str = "ours"
-
-    @property
-    def is_users(self) -> bool:
-        return self.source not in ("paper", "authors' scripts", "ours")
 
 
 ours = Setting
@@ -110,7 +103,7 @@ REAL_TRANSFER = REAL_SHARED | {
     "group_size": paper(8),
     "temperature": paper(1.0),
     "max_prompt_tokens": paper(2048),
-    "micro_batch_tokens": paper(4 * (2048 + 16384), "its 4 sequences, at full length"),
+    "micro_batch_tokens": ours(2048 + 16384, "the paper's 4 sequences take 4 times the memory"),
 }
 REAL_OPD = {"num_steps": ours(132, "the paper's 1 epoch of a half")}
 REAL: Preset = {
@@ -136,12 +129,23 @@ REAL: Preset = {
 
 # Flags of bridge.py that replace a preset's value in every stage whose script has them.
 OVERRIDES = (
-    *("task", "columns", "chat_template"),
-    *("max_prompt_tokens", "max_new_tokens", "dtype", "vllm_gpu_memory", "tensor_parallel"),
-    *("num_steps", "prompts_per_step", "group_size", "micro_batch_tokens"),
-    *("learning_rate", "num_minibatches", "num_samples", "num_problems"),
+    "task",
+    "columns",
+    "chat_template",
+    "max_prompt_tokens",
+    "max_new_tokens",
+    "dtype",
+    "vllm_gpu_memory",
+    "tensor_parallel",
+    "num_steps",
+    "prompts_per_step",
+    "group_size",
+    "micro_batch_tokens",
+    "learning_rate",
+    "num_minibatches",
+    "num_samples",
+    "num_problems",
 )
-
 
 # Teacher, or how its name begins -> the student that the paper (or the toy) pairs it with.
 STUDENTS = {
@@ -166,7 +170,8 @@ def fill_in(args) -> None:
 
 
 def fill_in_data(args, toy: bool) -> None:
-    """The task's first dataset and benchmark; for mathematics and real models the paper's."""
+    """Set what is trained and evaluated on: the task's first dataset and benchmark; for mathematics
+    and real models the paper's."""
     with Task(args.task or "math") as task:
         if args.task in (None, "math") and not toy:
             args.dataset = args.dataset or "open-r1/DAPO-Math-17k-Processed:all"
@@ -186,21 +191,28 @@ LORA_RATES = {
 }
 
 
-def with_lora(kind: str, settings: dict[str, Setting], rank: int | None) -> dict[str, Setting]:
-    """--teacher_lora_rank and --student_lora_rank: the rank, and the rate that suits it."""
-    script = KINDS[kind][0]
-    if not rank or script not in LORA_RATES:
-        return settings
-    times, source = LORA_RATES[script]
-    rate = settings.get("learning_rate")
-    lora = {"lora_rank": Setting(rank, source="command line")}
-    if rate is not None:
-        lora["learning_rate"] = ours(rate.value * times, f"{times} times {rate.value:g}: {source}")
-    return settings | lora
+def flags_of_role(args, kind: str, preset: dict[str, Setting]) -> dict[str, Setting]:
+    """--teacher_lora_rank, --student_cpu_offload and so on, for a stage that trains the teacher or
+    the student: the flags of its script, and with LoRA a rate that suits it."""
+    rank, offload = args.student_lora_rank, args.student_cpu_offload
+    if kind.startswith("teacher"):
+        rank, offload = args.teacher_lora_rank, args.teacher_cpu_offload
+    chosen: dict[str, Setting] = {}
+    if kind == "evaluate":
+        return chosen
+    if offload:
+        chosen["cpu_offload"] = Setting(True, source="command line")
+    if rank:
+        times, source = LORA_RATES[KINDS[kind][0]]
+        chosen["lora_rank"] = Setting(rank, source="command line")
+        if rate := preset.get("learning_rate"):
+            note = f"{times} times {rate.value:g}: {source}"
+            chosen["learning_rate"] = ours(rate.value * times, note)
+    return chosen
 
 
 def preset_of(args) -> Preset:
-    """The built-in preset, under the user's file, under the flags of bridge.py."""
+    """Return the built-in preset, under the user's file, under the flags of bridge.py."""
     built_in = TOY if args.teacher.startswith("toy/") else REAL
     from_file = read_preset(args.preset) if args.preset else {}
     for kind, like in SET_LIKE.items():
@@ -210,14 +222,14 @@ def preset_of(args) -> Preset:
     for kind, settings in built_in.items():
         known = script_args(kind).__dataclass_fields__
         flags = {n: Setting(v, source="command line") for n, v in chosen.items() if n in known}
-        rank = args.teacher_lora_rank if kind.startswith("teacher") else args.student_lora_rank
-        preset[kind] = with_lora(kind, settings, rank) | from_file.get(kind, {}) | flags
+        of_role = flags_of_role(args, kind, settings)
+        preset[kind] = settings | of_role | from_file.get(kind, {}) | flags
     return preset
 
 
 def read_preset(path: str) -> Preset:
-    """A user's file. Raises UserError, naming what is known, for kinds and flags that there are not
-    and for values that a script would refuse."""
+    """Read a user's file. Raises UserError for kinds and flags that there are not, and for values
+    that a script would refuse."""
     try:
         kinds = {kind: dict(flags) for kind, flags in json.loads(Path(path).read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -225,29 +237,25 @@ def read_preset(path: str) -> Preset:
         raise UserError(f"--preset {path} is not {form} ({one_line(error)})") from error
     preset: Preset = {}
     for kind, flags in kinds.items():
-        known = ", ".join(KINDS)
-        check(kind in KINDS, f"{path}: there is no kind of stage {kind}; there are {known}")
-        script = script_args(kind)
-        known = script.__dataclass_fields__
-        preset[kind] = {}
-        for flag, value in flags.items():
-            check(flag in known, f"{path}: {kind} has no flag {flag}; it has {', '.join(known)}")
-            try:
-                with contextlib.redirect_stderr(io.StringIO()):
-                    parsed = tyro.cli(script, args=as_words(flag, value), use_underscores=True)
-            except SystemExit:
-                raise UserError(f"--{flag} of {kind} cannot be {json.dumps(value)}") from None
-            preset[kind][flag] = Setting(getattr(parsed, flag), source=Path(path).name)
+        there = f"there is no kind of stage {kind}; there are {', '.join(KINDS)}"
+        check(kind in KINDS, f"{path}: {there}")
+        try:
+            words = [word for name, value in flags.items() for word in as_words(name, value)]
+            parsed = parse(script_args(kind), "", words)
+        except UserError as error:
+            raise UserError(f"{path}: {kind}: {error}") from None
+        name = Path(path).name
+        preset[kind] = {flag: Setting(getattr(parsed, flag), source=name) for flag in flags}
     return preset
 
 
 def script_args(kind: str) -> type:
-    """The Args of the script of a kind of stage."""
+    """Return the Args of the script of a kind of stage."""
     return importlib.import_module(KINDS[kind][0].removesuffix(".py")).Args
 
 
 def as_words(flag: str, value: object) -> list[str]:
-    """A flag on the command line."""
+    """Return a flag as it stands on the command line."""
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no_{flag}"]
     return [f"--{flag}", *map(str, value if isinstance(value, tuple | list) else (value,))]

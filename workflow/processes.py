@@ -1,54 +1,101 @@
 """Stages as child processes: what is ready runs, `jobs` at a time; a failure stops the others."""
 
+import contextlib
+import multiprocessing
 import os
 import re
+import runpy
 import selectors
 import signal
 import subprocess
 import sys
+import threading
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 
 from common.run.errors import RunFailure, UserError
 from common.run.inputs import ROOT
 from common.run.process import Stopped
-from workflow.fork_server import ForkServer
 from workflow.stages import Stage
+
+# One rank on a CPU is forked from a warm Python, which has paid for the imports already. It runs no
+# torch operation and starts no thread, so that a child is what a fresh Python is after its imports.
+FORKS = multiprocessing.get_context("forkserver") if sys.platform == "linux" else None
+PRELOADED = ["grpo", "opd", "fkl_warmup", "evaluate", "workflow.processes"]
+PRELOADED += ["torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor"]
+PRELOADED += ["transformers.modeling_utils", "common.sampling.decoding"]
+
+
+def start_forked(run, *args) -> multiprocessing.Process:
+    """Call run(*args) in a child that is forked from the warm Python."""
+    FORKS.set_forkserver_preload(PRELOADED)
+    with contextlib.chdir(ROOT):  # where the server finds what it preloads
+        forkserver.ensure_running()
+    process = FORKS.Process(target=run, args=args)
+    process.start()
+    return process
+
+
+def run_script(words: list[str], output: Connection) -> None:
+    """Do what `python WORDS > OUTPUT` does, in a session of its own, so that Ctrl-C reaches it
+    once: through the workflow."""
+    os.setsid()
+    for descriptor in (1, 2):
+        os.dup2(output.fileno(), descriptor)
+    output.close()
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def _stop_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Child:
     """One running stage; what it prints goes to NAME.log beside its folder."""
 
-    def __init__(self, stage: Stage, environment: dict[str, str], server: ForkServer | None):
+    def __init__(self, stage: Stage, forks: bool):
         self.stage = stage
         self.log = stage.folder.with_name(stage.name + ".log")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log_file = open(self.log, "ab")  # noqa: SIM115
         self.log_start = self.log_file.tell()
-        script = [str(ROOT / stage.script), *stage.words]
-        if server is not None:
-            self.process = server.start(script)
-            return
-        launcher = [sys.executable]
-        if stage.launcher[0] == "torchrun":
-            launcher += ["-m", "torch.distributed.run", *stage.launcher[1:]]
-        # In a session of its own, so that Ctrl-C reaches it once: through us.
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        self.process = subprocess.Popen(
-            [*launcher, *script], **pipes, start_new_session=True, env=environment
-        )
+        words, launcher = [str(ROOT / stage.script), *stage.words], [sys.executable]
+        self.output, writer = multiprocessing.Pipe(duplex=False)
+        with writer:
+            if forks:
+                self.process = start_forked(run_script, words, writer)
+                return
+            if stage.launcher[0] == "torchrun":
+                launcher += ["-m", "torch.distributed.run", *stage.launcher[1:]]
+            pipes = {"stdout": writer, "stderr": writer}
+            self.process = subprocess.Popen([*launcher, *words], **pipes, start_new_session=True)
 
     def pass_on(self, echo: bool) -> bool:
-        """Write what it has printed to its log; False at its end."""
-        piece = self.process.stdout.read1()
+        """Write what it has printed to its log. Return False at its end."""
+        piece = os.read(self.output.fileno(), 1 << 16)
         self.log_file.write(piece)
         if echo:
             sys.stdout.buffer.write(piece)
             sys.stdout.buffer.flush()
         return piece != b""
 
+    def wait(self) -> int:
+        """Return its exit code; that of a killed child is negative."""
+        while self.pass_on(echo=False):
+            pass
+        self.output.close()
+        self.log_file.close()
+        if isinstance(self.process, subprocess.Popen):
+            return self.process.wait()
+        self.process.join()
+        return self.process.exitcode
+
     def finish(self) -> None:
         """Raise if it has failed."""
-        code = self.process.wait()
-        self.log_file.close()
+        code = self.wait()
         if code == 0 and self.stage.manifest.exists():
             return
         text = self.log.read_bytes()[self.log_start :].decode(errors="replace").strip()
@@ -63,13 +110,12 @@ class Child:
 
 
 def run_stages(stages: list[Stage], jobs: int, forks: bool = False) -> None:
-    """Run each stage once what it needs is finished, `jobs` at a time; `forks`: from one warm
-    Python. If one fails, or a signal comes, the others are stopped: they save what they have
-    done."""
-    threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
-    environment = threads | os.environ
+    """Run each stage once what it needs is finished, `jobs` at a time. If one fails, or a signal
+    comes, the others are stopped: they save what they have done."""
+    if jobs > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
     waiting, done = list(stages), set()
-    with selectors.DefaultSelector() as running, ForkServer(environment) as server:
+    with selectors.DefaultSelector() as running:
         try:
             while waiting or running.get_map():
                 for stage in list(waiting):
@@ -82,8 +128,8 @@ def run_stages(stages: list[Stage], jobs: int, forks: bool = False) -> None:
                         done.add(stage.folder)
                         continue
                     print(f"\n# {stage.name}\n{stage.command}", flush=True)
-                    child = Child(stage, environment, server if forks else None)
-                    running.register(child.process.stdout, selectors.EVENT_READ, child)
+                    child = Child(stage, forks)
+                    running.register(child.output, selectors.EVENT_READ, child)
                 for key, _ in running.select() if running.get_map() else ():
                     if not key.data.pass_on(echo=jobs == 1):
                         running.unregister(key.fileobj)
@@ -93,8 +139,8 @@ def run_stages(stages: list[Stage], jobs: int, forks: bool = False) -> None:
             number = error.number if isinstance(error, Stopped) else signal.SIGTERM
             children = [key.data for key in running.get_map().values()]
             for child in children:
-                child.process.send_signal(number)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(child.process.pid, number)
             for child in children:
-                child.log_file.write(child.process.stdout.read())
-                child.process.wait()
+                child.wait()
             raise

@@ -47,6 +47,11 @@ class Stage:
     def is_grpo(self) -> bool:
         return self.script == "grpo.py"
 
+    @property
+    def role(self) -> str:
+        """Which of the two models it trains: flags such as --teacher_lora_rank are for it."""
+        return "teacher" if self.kind.startswith("teacher") else "student"
+
     def models(self, args) -> tuple[str, list[str], str]:
         """Return the names of the models that the trainer, run with these Args, trains, holds
         frozen beside, and samples from."""

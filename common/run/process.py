@@ -76,12 +76,12 @@ def marks_of(args_type: type) -> dict[str, tuple]:
     return {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
 
 
-def parse(args_type: type, description: str):
-    """Parse the command line; tyro's box of several lines becomes a UserError."""
+def parse(args_type: type, description: str, words: list[str] | None = None):
+    """Parse the command line, or other words; tyro's box of several lines becomes a UserError."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(args_type, description=description, use_underscores=True)
+            return tyro.cli(args_type, args=words, description=description, use_underscores=True)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise

@@ -1,21 +1,47 @@
-"""The workflow's fork server, whose children can be told to fail (`fault`: where and when), and
-where their stderr goes (`stderr`).
+"""Scripts in children that are forked from the workflow's warm Python, and can be told to fail.
 
 Fifty runs do not cost fifty imports.
 """
 
+import multiprocessing
 import os
 import resource
 import signal
+import sys
+import tempfile
 import threading
+from multiprocessing.connection import Connection
 
 import torch
 
 from common.model import head as lm_head
 from common.run import checkpoint, folder
 from common.run.errors import RunFailure
+from common.run.inputs import ROOT
 from common.sampling import torch_engine
-from workflow.fork_server import serve
+from workflow.processes import run_script, start_forked
+
+
+def run(words: list[str], threads: int, fault: tuple | None = None) -> tuple[int, str, str]:
+    """Return the exit code (that of a killed child is negative) and what it printed to stdout and
+    to stderr. fault: where, and when."""
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile() as errors:
+        process = start_forked(planted, words, writer, errors.name, threads, fault)
+        writer.close()
+        output = b"".join(iter(lambda: os.read(reader.fileno(), 1 << 16), b""))
+        reader.close()
+        process.join()
+        return process.exitcode, output.decode(errors="replace"), errors.read().decode()
+
+
+def planted(words: list[str], output: Connection, errors: str, threads: int, fault) -> None:
+    os.chdir(ROOT)
+    torch.set_num_threads(threads)
+    sys.stderr = open(errors, "w", buffering=1)  # noqa: SIM115
+    if fault:
+        plant(*fault)
+    run_script(words, output)
 
 
 def die(*_) -> None:
@@ -45,12 +71,7 @@ def poison(hidden: torch.Tensor) -> torch.Tensor:
     return hidden * float("nan")
 
 
-def plant(job: dict) -> None:
-    if "stderr" in job:
-        os.dup2(os.open(job["stderr"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
-    if not job.get("fault"):
-        return
-    site, number = job["fault"]
+def plant(site: str, number: float) -> None:
     if site == "time":
         threading.Timer(number, die).start()
     elif site == "generate":
@@ -68,7 +89,3 @@ def plant(job: dict) -> None:
     elif site == "file size":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))
-
-
-if __name__ == "__main__":
-    serve(prepare=plant)

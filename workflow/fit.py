@@ -1,0 +1,231 @@
+"""The machine that stages run on, and whether each stage fits it: computed before anything loads.
+
+Of the settings it chooses the share of a GPU that vLLM takes. What else would make a stage fit, it
+names: the flag, and what the stage would need with it. Sizes are in bytes.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from common.run.errors import UserError, check
+from workflow import memory
+from workflow.memory import GB
+from workflow.presets import Setting, ours
+from workflow.stages import Stage
+
+USABLE = 0.9  # of a GPU: the plan is a computation
+ABSENT_GPU = 80 * GB  # what --dry_run plans for where there is none
+LORA_RANK = 32  # what is offered where full fine-tuning does not fit
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is, or what --gpu_memory_gb and --host_memory_gb say there is."""
+
+    ranks: int  # of a stage, on this machine
+    all_ranks: int  # of a stage, on all machines
+    gpu: float | None  # memory of each GPU
+    host: float
+    launcher: tuple[str, ...]  # python, or torchrun and its flags
+    forks: bool  # one rank on a CPU can be forked from a warm Python, safely on Linux only
+    elsewhere: bool = False  # planned for one that has GPUs: this one's host and disk do not count
+
+
+def find_machine(args) -> Machine:
+    """Return the machine of bridge.py's Args. Raises UserError for flags that do not go
+    together."""
+    gpu, count = args.gpu_memory_gb and args.gpu_memory_gb * GB, 0
+    if args.device != "cpu" and torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        gpu = gpu or torch.cuda.get_device_properties(0).total_memory
+    check(args.nnodes == 1 or args.master_addr, "--nnodes needs --master_addr of machine 0")
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    host = args.host_memory_gb * GB if args.host_memory_gb else host
+    absent = count == 0 and args.device != "cpu" and not args.teacher.startswith("toy/")
+    elsewhere = args.dry_run and absent
+    if elsewhere and gpu is None:
+        print("there is no GPU here: planned for GPUs of 80 GB (--gpu_memory_gb, --nproc_per_node)")
+        gpu = ABSENT_GPU
+    host = float("inf") if elsewhere and not args.host_memory_gb else host
+    alone = gpu is None and args.nnodes == 1
+    check(args.jobs == 1 or alone, "--jobs is for the CPU of one machine: a stage fills a GPU")
+    ranks = args.nproc_per_node or max(1, count)
+    launcher = launcher_of(args, ranks)
+    forks = launcher == ("python",) and count == 0 and sys.platform == "linux"
+    return Machine(ranks, ranks * args.nnodes, gpu, host, launcher, forks, elsewhere)
+
+
+def launcher_of(args, ranks: int) -> tuple[str, ...]:
+    """Return what starts a stage: torchrun, where there are several ranks."""
+    if ranks * args.nnodes == 1:
+        return ("python",)
+    launcher = ["torchrun", "--nproc_per_node", str(ranks)]
+    launcher += ["--shutdown_timeout", "600"]  # its 30 s would kill ranks that stop after a phase
+    if args.nnodes == 1:
+        return (*launcher, "--standalone")
+    launcher += ["--nnodes", str(args.nnodes), "--node_rank", str(args.node_rank)]
+    return (*launcher, "--master_addr", args.master_addr, "--master_port", str(args.master_port))
+
+
+# === what a stage needs ===
+
+
+@dataclass(frozen=True)
+class Need:
+    """The memory that a stage needs on a machine, run with these Args of its script."""
+
+    args: object
+    plan: memory.Plan | None  # of a trainer
+    update: float  # of each GPU
+    engine: float  # of each GPU, for vLLM at least
+    host: float  # of this machine, for all its ranks
+
+    def problem(self, machine: Machine, jobs: int = 1) -> str | None:
+        """Return the first thing that the machine does not have."""
+        if machine.gpu and self.update > USABLE * machine.gpu:
+            return f"{_gb(self.update)} on each of {machine.all_ranks} GPU(s) of {_gb(machine.gpu)}"
+        if machine.gpu and self.engine > (share := self.args.vllm_gpu_memory * machine.gpu):
+            whole = f"{memory.SEQUENCES} whole sequences"
+            return f"{_gb(self.engine)} of each GPU for vLLM ({whole}), where {_gb(share)} are left"
+        if jobs * self.host > machine.host:
+            return f"{_gb(jobs * self.host)} of host memory, where there are {_gb(machine.host)}"
+        return None
+
+
+def _gb(size: float) -> str:
+    return f"{size / GB:.0f} GB"
+
+
+def need_of(stage: Stage, machine: Machine, args) -> Need:
+    """Return what a stage needs with these Args, in which vLLM gets the share that the update
+    leaves, if none was named. Raises UserError where the shape of a model is not known."""
+    plan, sampled, update, host = None, args.model, 0.0, 0.0
+    if stage.kind != "evaluate":
+        plan, sampled = plan_of(stage, machine, args), stage.models(args)[2]
+        if machine.gpu and not _names_share(stage):
+            share = min(0.85, USABLE - plan.peak("always") / machine.gpu)
+            args = replace(args, vllm_gpu_memory=round(max(0.05, share), 2))
+        update = plan.peak("update")
+        host = (plan.host + (0.0 if machine.gpu else plan.device)) * machine.ranks
+    shape = sampled and memory.shape_of(stage.base_model(sampled))
+    uses_vllm = machine.gpu and shape and args.backend != "torch"
+    engine = memory.smallest_engine(args, shape) if uses_vllm else 0.0
+    return Need(args, plan, update, engine, host)
+
+
+def plan_of(stage: Stage, machine: Machine, args) -> memory.Plan:
+    """Return the memory plan of a training stage, run with these Args of its script."""
+    trained, frozen, sampled = stage.models(args)
+    names = {name: stage.base_model(name) for name in (trained, *frozen, sampled)}
+    shapes = {name: memory.shape_of(base) for name, base in names.items()}
+    missing = dict.fromkeys(names[name] for name, shape in shapes.items() if shape is None)
+    check(not missing, f"no memory plan of {', '.join(missing)}: no config.json that it can read")
+    models = (shapes[trained], [shapes[name] for name in frozen], shapes[sampled])
+    fused = {"loss_is_fused": stage.is_grpo}
+    return memory.plan(args, *models, machine.all_ranks, machine.gpu, **fused)
+
+
+def vllm_share(stage: Stage, machine: Machine) -> dict[str, Setting]:
+    """Return --vllm_gpu_memory of a training stage on GPUs, if it was not named."""
+    if machine.gpu is None or stage.kind == "evaluate" or _names_share(stage):
+        return {}
+    try:
+        share = need_of(stage, machine, stage.args()).args.vllm_gpu_memory
+    except UserError:  # check_fit says so
+        return {}
+    return {"vllm_gpu_memory": ours(share, "what the update leaves")}
+
+
+def _names_share(stage: Stage) -> bool:
+    setting = stage.settings.get("vllm_gpu_memory")
+    return setting is not None and setting.source != "ours"
+
+
+# === what would make it fit ===
+
+
+def remedies(stage: Stage, machine: Machine, args) -> list[str]:
+    """Name the flags each of which would make a stage fit, with what it would need then; if none
+    does alone, those that do beside LoRA."""
+    if not (found := list(_single_remedies(stage, machine, args))) and stage.kind != "evaluate":
+        lora = _lora_flag(stage)
+        with_lora = replace(args, lora_rank=LORA_RANK)
+        found = [f"{lora} {more}" for more in _single_remedies(stage, machine, with_lora)]
+    return found
+
+
+def _lora_flag(stage: Stage) -> str:
+    return f"--{stage.role}_lora_rank {LORA_RANK}"
+
+
+def _single_remedies(stage: Stage, machine: Machine, args) -> Iterator[str]:
+    whole = args.max_prompt_tokens + args.max_new_tokens
+    shorter = [args.max_new_tokens // 2**i for i in range(1, 5)]
+    counts = [n for n in (2, 4, 8, 16, 32) if n > machine.ranks]
+    shared = [n for n in (2, 4, 8) if n > args.tensor_parallel and machine.ranks % n == 0]
+    tried = {f"--tensor_parallel {n}": replace(args, tensor_parallel=n) for n in shared}
+    tried |= {f"--max_new_tokens {n}": replace(args, max_new_tokens=n) for n in shorter}
+    if stage.kind != "evaluate":
+        tried[_lora_flag(stage)] = replace(args, lora_rank=LORA_RANK)
+        tried[f"--{stage.role}_cpu_offload"] = replace(args, cpu_offload=True)
+        smallest = min(whole, args.micro_batch_tokens)
+        tried[f"--micro_batch_tokens {smallest}"] = replace(args, micro_batch_tokens=smallest)
+        tried |= {f"--nproc_per_node {n}": n for n in counts}
+    named = set()
+    for words, change in tried.items():
+        there, with_flag = machine, change
+        if isinstance(change, int):
+            all_ranks = machine.all_ranks // machine.ranks * change
+            there, with_flag = replace(machine, ranks=change, all_ranks=all_ranks), args
+        flag = words.split()[0]
+        if flag not in named and not (need := need_of(stage, there, with_flag)).problem(there):
+            named.add(flag)  # the first of its values is enough
+            sizes = [_gb(need.update)] * (need.update > 0) + [f"vLLM {_gb(need.engine)}"]
+            sizes += [f"host {_gb(need.host)}"] * (need.host > 0)
+            yield f"{words} ({', '.join(sizes)})"
+
+
+# === the table ===
+
+FIT_HEADER = ["stage", "model", "GPUs", "states", "update, GB", "vLLM needs, GB", "its share"]
+FIT_HEADER += ["fits"]
+
+
+def check_fit(args, machine: Machine, stages: list[Stage]) -> tuple[list, list, list]:
+    """Compare what the unfinished stages need with what there is. Return the problems, a row of
+    cells (FIT_HEADER) for each training stage, and the memory tables behind them."""
+    problems, rows, details, disk = [], [], [], 0.0
+    for stage in (stage for stage in stages if not stage.manifest.exists()):
+        model = stage.base_model(stage.wiring["model"])
+        try:
+            need = need_of(stage, machine, stage.args())
+        except UserError as error:  # there is no plan of a model
+            details.append(str(error))
+            continue
+        if problem := need.problem(machine, args.jobs):
+            ways = remedies(stage, machine, stage.args()) if machine.gpu else []
+            ways = f"; it would fit with {' or '.join(ways)}" if ways else ""
+            problems.append(f"{stage.kind} of {model} needs {problem}{ways}")
+        if stage.kind == "evaluate":
+            continue
+        if not stage.folder.exists():  # two checkpoints and the final model
+            shape = memory.shape_of(model)
+            disk += 2 * 12 * memory.moved_parameters(need.args, shape) + 4 * shape.params
+        place = f"host, {_gb(need.host)}" if need.args.cpu_offload else "GPU"
+        cells = [stage.name, model, str(machine.all_ranks), place if machine.gpu else "host"]
+        cells += [f"{need.update / GB:.0f}", f"{need.engine / GB:.0f}"]
+        rows.append([*cells, f"{need.args.vllm_gpu_memory:.0%}", "NO" if problem else "yes"])
+        of_model = f"{stage.kind} of {model}, GB for each of {machine.all_ranks} ranks"
+        details.append(f"\n# memory of {of_model}: computed\n{need.plan.table(machine.gpu)}")
+    folder = next(f for f in (Path(args.output_dir) / "x").absolute().parents if f.exists())
+    free = shutil.disk_usage(folder).free
+    if disk > free and not machine.elsewhere:
+        needed = f"checkpoints and final models need {_gb(disk)} of disk"
+        problems.append(f"{needed}, and {folder} has {_gb(free)}")
+    return list(dict.fromkeys(problems)), rows, list(dict.fromkeys(details))
