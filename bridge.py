@@ -164,7 +164,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_finished(stages: list) -> None:
-    """What --only_report needs."""
+    """Refuse --only_report while stages are unfinished."""
     missing = [stage.name for stage in stages if not stage.is_finished()]
     names = ", ".join(missing[:3])
     message = f"{len(missing)} of {len(stages)} stages are not finished ({names} ...)"

@@ -22,9 +22,7 @@ with its verdict in samples/*.jsonl.
 """
 
 import json
-from collections import Counter
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -35,13 +33,7 @@ from common.model.load import check_shapes, load_model
 from common.model.shard import DTYPES
 from common.model.tokenizer import load_tokenizer
 from common.run.errors import check
-from common.run.folder import (
-    claim_folder,
-    lock_folder,
-    write_json,
-    write_jsonl,
-    writing,
-)
+from common.run.folder import claim_folder, lock_folder, write_json, write_jsonl, writing
 from common.run.inputs import inputs_of, model_path
 from common.run.process import DATA, MAY_CHANGE, MODEL, NOT_NEGATIVE, POSITIVE, check_ranges, start
 from common.run.ranks import gather, join_ranks, on_first_rank, rank
@@ -49,6 +41,7 @@ from common.sampling.rollout import Rollout, rollout_metrics
 from common.sampling.sampler import sample_and_verify
 from common.sampling.torch_engine import TorchEngine
 from common.sampling.vllm_engine import VLLMEngine, resolve_backend
+from common.sampling.vote import majority_votes
 from common.statistics import difference_interval, interval, pass_at
 from common.tasks import data
 from common.tasks.task import Task
@@ -111,47 +104,6 @@ class Args:
 
 
 # === results ===
-
-
-def majority_votes(task: Task, rollouts: list[Rollout], num_samples: int) -> list[float] | None:
-    """Per problem, the reward of its most frequent answer, ties broken at random; None for a task
-    that reads no answers.
-
-    Answers are one candidate if their texts are, or if the task calls them the same (1/2 and 0.5);
-    then all right ones are the gold answer, and one candidate too. An answer that could not be
-    graded stands by its text; no answer is no vote.
-    """
-    if "answer" not in task.functions:
-        return None
-    groups = [rollouts[i : i + num_samples] for i in range(0, len(rollouts), num_samples)]
-    votes, pairs = [], []  # pairs: (problem, answer, other answer) that may be the same
-    for number, group in enumerate(groups):
-        verdicts = [rollout.verdict for rollout in group if rollout.verdict.answer is not None]
-        one_gold = "same" in task.functions
-        names = [GOLD if one_gold and v.correct else v.answer for v in verdicts]
-        votes.append(Counter(names))
-        wrong = dict.fromkeys(v.answer for v in verdicts if v.outcome in ("wrong", "partial"))
-        pairs += [(number, *pair) for pair in combinations(wrong, 2)]
-    same = task.same([pair for _, *pair in pairs])
-    for (number, one, other), are_same in zip(pairs, same, strict=True):
-        if are_same and one in votes[number] and other in votes[number]:
-            votes[number][one] += votes[number].pop(other)
-    return [winners_reward(*pair) for pair in zip(groups, votes, strict=True)]
-
-
-GOLD = None  # the candidate of all right answers
-
-
-def winners_reward(group: list[Rollout], votes: Counter) -> float:
-    """The mean reward of the answers that have the most votes; 0 without any. An answer of several
-    samples has the mean of those that could be graded."""
-    rewards: dict[str | None, list[float]] = {GOLD: [1.0]}
-    for verdict in (rollout.verdict for rollout in group):
-        if verdict.answer is not None and verdict.outcome not in ("timeout", "crash"):
-            rewards.setdefault(verdict.answer, []).append(verdict.reward)
-    winners = [answer for answer, count in votes.items() if count == max(votes.values())]
-    means = [sum(listed) / len(listed) for listed in (rewards.get(a, [0.0]) for a in winners)]
-    return sum(means) / max(1, len(means))
 
 
 def summarise(

@@ -135,8 +135,8 @@ def logprobs_of(model, batch: Batch, temperature: float) -> torch.Tensor:
 
 @torch.no_grad()
 def scored(models: dict, rollouts: list[Rollout], args: grpo.Args, epsilon: float = 1e-6) -> Batch:
-    """What GRPO's peers are given: `padded`, log-probs of two models [N, C], and advantages [N]
-    after verl's compute_grpo_outcome_advantage."""
+    """Return the inputs of GRPO's peers: `padded`, log-probs of two models [N, C], and advantages
+    [N] after verl's compute_grpo_outcome_advantage."""
     batch = padded(rollouts)
     for name in ("old", "ref"):
         logprobs = logprobs_of(for_peer(models[name]), batch, args.temperature)
@@ -238,7 +238,7 @@ def compare_distillation(module, models: dict, rollouts: list[Rollout]) -> Itera
 
 
 def compare_defaults(models: dict, rollouts: list[Rollout]) -> Iterator[Row]:
-    """What a peer does by default and the other comparisons leave out, each alone."""
+    """Compare what a peer does by default and the other comparisons leave out, each alone."""
     args, policy = grpo.Args(**SIZES, kl_coef=0.1), models["policy"]
     (ours, _), batch = our_grpo(models, rollouts, args), scored(models, rollouts, args)
     yield "GRPO | TRL | KL times the ratio", ours, trl_grpo(policy, batch, args, True)

@@ -1,4 +1,4 @@
-"""How a step's time and peak memory grow with its tokens and with the vocabulary: whole steps of
+"""Growth of a step's time and peak memory with its tokens and with the vocabulary: whole steps of
 grpo.py and opd.py on random weights, each point in a process of its own.
 
     python -m benchmarks.growth --output docs/growth.png          # 20 minutes on 2 cores

@@ -41,7 +41,7 @@ class Args:
 
 
 class Head:
-    """What `head_backward` needs of a model."""
+    """A model with as much as `head_backward` needs."""
 
     def __init__(self, weight: torch.Tensor):
         self.weight = weight.requires_grad_()

@@ -84,8 +84,8 @@ def passes(shape: memory.Shape, sequences: int, args: Args, times: int, what: st
 
 
 def overheads(shape: memory.Shape, sequences: int, scored: int, flags, args: Args) -> list[Part]:
-    """What this design adds to the method's own work, for the trained model. scored: forward passes
-    beside the update's."""
+    """Return what this design adds to the method's own work, for the trained model. scored: forward
+    passes beside the update's."""
     updates = flags.num_minibatches
     whole = args.prompt + args.length
     micro_batches = sequences / max(1, flags.micro_batch_tokens // whole)

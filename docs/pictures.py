@@ -33,7 +33,7 @@ GPU = 80 * GB
 
 
 def draw(plans: dict[str, tuple[Plan, str]], path: Path) -> None:
-    """One bar a row: the items of a plan that are on the GPU in one phase, in GB."""
+    """Draw one bar a row: the items of a plan that are on the GPU in one phase, in GB."""
     plt.rcParams |= {"text.color": INK, "axes.labelcolor": INK, "xtick.color": INK}
     plt.rcParams |= {"ytick.color": INK, "axes.edgecolor": INK, "svg.hashsalt": "fixed"}
     figure, axis = plt.subplots(figsize=(8.5, 0.9 * len(plans) + 2.0), layout="constrained")

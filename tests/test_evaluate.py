@@ -13,9 +13,10 @@ import evaluate
 from common.run.errors import UserError
 from common.sampling.rollout import Rollout
 from common.sampling.torch_engine import TorchEngine
+from common.sampling.vote import majority_votes
 from common.statistics import difference_interval, effective_samples, interval, pass_at
 from common.tasks.task import Task, Verdict
-from evaluate import majority_votes, paired_difference, sample_benchmark, summarise
+from evaluate import paired_difference, sample_benchmark, summarise
 
 
 def graded(answers: list[str | None], gold: str, task) -> list[Rollout]:

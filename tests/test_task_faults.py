@@ -14,9 +14,9 @@ from test_task import BOMBS, assert_gone, pids_of
 
 from common.run.inputs import ROOT
 from common.sampling.rollout import Rollout
+from common.sampling.vote import majority_votes
 from common.tasks.math.answers import compare_cheaply, extract_answer
 from common.tasks.task import OUTCOMES, Task
-from evaluate import majority_votes
 
 pytestmark = pytest.mark.faults
 

@@ -51,7 +51,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """One raw model: its shape, and how it is taught.
+    """A raw model: its shape, and how it is taught.
 
     First both ways are learned. Then, at an eighth of the rate, the choice: `use` is the share of
     examples that begin step by step. The skill is rehearsed meanwhile, in examples whose first
@@ -106,8 +106,8 @@ def completion_text(terms: list[int], step_by_step: bool) -> str:
 
 
 def is_step_by_step(completion: str) -> bool:
-    r"""Whether it begins with a sum. A "=" later on may also be in an answer at once that has run
-    away, `\boxed{30;330+32=62;...`: of the untrained student's every third is."""
+    r"""Tell whether it begins with a sum. A "=" later on may also be in an answer at once that has
+    run away, `\boxed{30;330+32=62;...`: of the untrained student's every third is."""
     return re.match(r"\d+\+\d+=", completion) is not None
 
 

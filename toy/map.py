@@ -1,5 +1,5 @@
-"""When does the bridge pay? Students that use the good way more or less often, and what each route
-makes of them.
+"""The map of when the bridge pays: students that use the good way more or less often, and what each
+route makes of them.
 
     python -m toy.map                            # 5 students x 5 seeds: hours; resumes
     python -m toy.map --uses 0.02 --seeds 51     # a part of it, in the same folder
@@ -65,7 +65,7 @@ class Args:
 
 @dataclass
 class Point:
-    """One student: how often, in %, it works step by step, and does so with success; its runs."""
+    """A student: how often, in %, it works step by step, and does so with success; its runs."""
 
     prior: float
     successes: float
@@ -98,7 +98,7 @@ def is_success(row: dict) -> bool:
 
 
 def success_shares(run: Path) -> list[float]:
-    """Of each step of a run, the share of its completions that are a success."""
+    """Return the share of each step's completions that are a success."""
     steps = sorted((run / "rollouts").glob("step_*.jsonl"), key=lambda f: int(f.stem[5:]))
     return [statistics.fmean(map(is_success, read_jsonl(file))) for file in steps]
 
@@ -169,7 +169,8 @@ def draw_law(points: list[Point], seeds: tuple[int, ...], path: Path) -> None:
 
 
 def print_tables(points: list[Point]) -> None:
-    """What each route makes of each student; the claims, judged for each student by itself."""
+    """Print what each route makes of each student; the claims, judged for each student by
+    itself."""
     lines = []
     for point in points:
         cells = [f"{point.prior:.2f}"]

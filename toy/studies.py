@@ -1,4 +1,5 @@
-"""What the studies around bridge.py share: students of other priors, runs that resume, rows."""
+"""The common parts of the studies around bridge.py: students of other priors, runs that resume,
+rows."""
 
 import json
 import shutil
@@ -49,7 +50,7 @@ def share_teachers(source: Path, folder: Path) -> None:
 
 @dataclass
 class Results:
-    """What bridge.py has left in a folder."""
+    """The results that bridge.py has left in a folder."""
 
     folder: Path
 
@@ -75,7 +76,7 @@ def difference(high: list[float], low: list[float]) -> list[float]:
 
 
 def mean_and_interval(values: list[float], sign: str = "") -> str:
-    """For a table: the mean and its 95% interval over seeds."""
+    """Return, for a table, the mean and its 95% interval over seeds."""
     reach = t_interval(values)
     shown = f" [{reach[0]:{sign}.1f}, {reach[1]:{sign}.1f}]" if reach else ""
     return f"{statistics.fmean(values):{sign}.1f}{shown}"

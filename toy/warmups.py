@@ -1,4 +1,4 @@
-"""How long should the warmup be? FKL and OPD share 40 steps; the warmup takes 0, 5, 10, 20 or all.
+"""The best length of the warmup: FKL and OPD share 40 steps; the warmup takes 0, 5, 10, 20 or all.
 
     python -m toy.warmups                        # two students x 5 lengths x 5 seeds; resumes
 
@@ -65,7 +65,8 @@ def folder_of(args: Args, use: float, length: int) -> Path:
 
 
 def distances(args: Args, use: float, length: int) -> list[float]:
-    """To the teacher at the end of the warmup, a number a seed; without one, at another's start."""
+    """Return the distance to the teacher at the end of the warmup, a number a seed; without one, at
+    another's start."""
     folder = folder_of(args, use, length or LENGTHS[1])
     step = -1 if length else 0
     return [distance_to_teacher(folder / f"seed_{s}" / "fkl_warmup", step) for s in args.seeds]

@@ -24,8 +24,9 @@ def colour_of(route: str) -> str:
 
 
 def draw(rows: list[dict], evaluations: list[Evaluation], path: Path) -> None:
-    """Of the first benchmark, what each stage makes of the student, in accuracy and in behaviour;
-    then every model with intervals, a panel a benchmark; then costs, and the KL to the teacher."""
+    """Draw, of the first benchmark, what each stage makes of the student, in accuracy and in
+    behaviour; then every model with intervals, a panel a benchmark; then costs, and the KL to the
+    teacher."""
     import matplotlib  # here: half a second, and only the last process draws
 
     matplotlib.use("Agg")
@@ -81,8 +82,8 @@ def draw_behaviour(panel, evaluations: list[Evaluation], name: str) -> None:
 
 
 def draw_stages(panel, evaluations: list[Evaluation], numbers: dict[str, tuple]) -> None:
-    """Each route a line through its stages, each teacher a dotted line. numbers: of each row of the
-    report, a mean and its interval's ends."""
+    """Draw each route as a line through its stages, each teacher as a dotted line. numbers: of each
+    row of the report, a mean and its interval's ends."""
     of_row = {evaluation.id: evaluation for evaluation in evaluations}
     teachers = [row for row in of_row if of_row[row].route == "models" and row != UNTRAINED]
     last = -9.0
@@ -127,7 +128,7 @@ def draw_routes(panel, rows: list[dict], name: str) -> None:
 
 
 def draw_cost(panel, rows: list[dict], name: str, cost: Callable[[dict], float]) -> None:
-    """Each route as a line through its stages."""
+    """Draw each route as a line through its stages."""
     start = next(row for row in rows if row["id"] == UNTRAINED)
     for route in dict.fromkeys(row["route"] for row in rows if row["route"] in ROUTES):
         points = [start] + [row for row in rows if row["route"] == route]
@@ -162,7 +163,8 @@ def draw_distance(panel, evaluations: list[Evaluation]) -> None:
 
 
 def behaviour_of(evaluation: Evaluation, name: str) -> float:
-    """On the toy, % of completions that work step by step; else their mean length in tokens."""
+    """Return, on the toy, the % of completions that work step by step; else their mean length in
+    tokens."""
     if name != "toy":
         return evaluation.stage.result()["benchmarks"][name]["rollout/length"]
     lines = (evaluation.stage.folder / "samples" / "toy.jsonl").read_text().splitlines()

@@ -26,7 +26,7 @@ LORA_RANK = 32  # what is offered where full fine-tuning does not fit
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is, or what --gpu_memory_gb and --host_memory_gb say there is."""
+    """The machine that is there, or that --gpu_memory_gb and --host_memory_gb describe."""
 
     ranks: int  # of a stage, on this machine
     all_ranks: int  # of a stage, on all machines

@@ -158,7 +158,7 @@ class Plan:
         return sum(item.size for item in self.items if item.where == "host")
 
     def table(self, gpu_memory: float | None) -> str:
-        """Each item in GB, what they come to, and whether it fits a GPU of so many bytes."""
+        """Return each item in GB, what they come to, and whether it fits a GPU of so many bytes."""
         lines = [
             f"{i.size / GB:8.2f}  {i.where:6}  {i.name}" + f" ({i.phase})" * (i.phase != "always")
             for i in self.items

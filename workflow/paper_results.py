@@ -1,4 +1,4 @@
-"""What the paper (arXiv 2605.12483) claims and reports, by the rows of our report (route/stage)."""
+"""Claims and results of the paper (arXiv 2605.12483), by the rows of our report (route/stage)."""
 
 from collections.abc import Iterable
 from typing import NamedTuple

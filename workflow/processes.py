@@ -54,7 +54,7 @@ def _stop_with_parent() -> None:
 
 
 class Child:
-    """One running stage; what it prints goes to NAME.log beside its folder."""
+    """A running stage; what it prints goes to NAME.log beside its folder."""
 
     def __init__(self, stage: Stage, forks: bool):
         self.stage = stage

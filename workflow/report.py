@@ -1,4 +1,4 @@
-r"""What a study's report says: accuracy with two kinds of intervals, cost, claims, one figure.
+r"""The report of a study: accuracy with two kinds of intervals, cost, claims, one figure.
 
 bridge.py calls this at its end (alone: `python bridge.py ... --only_report`).
 
@@ -27,7 +27,7 @@ from workflow.routes import Evaluation
 
 
 def cost_of(evaluation: Evaluation) -> dict[str, float]:
-    """What the training stages behind an evaluated model have used."""
+    """Return what the training stages behind an evaluated model have used."""
     stages = evaluation.stage.lineage()
     done = {stage.name: stage.result() for stage in stages}
     paid = {s.name for s in stages if s.script == "grpo.py" or s.wiring.get("correct_only")}
@@ -58,7 +58,7 @@ def cost_of(evaluation: Evaluation) -> dict[str, float]:
 
 
 def missed_budget(evaluation: Evaluation) -> bool:
-    """Whether a compute-matched control came to its last step before it had used as much."""
+    """Tell whether a compute-matched control came to its last step before it had used as much."""
     return any(
         stage.used()[stage.budget_flag.removeprefix("stop_at_")] < stage.budget()
         for stage in evaluation.stage.needs
@@ -67,7 +67,7 @@ def missed_budget(evaluation: Evaluation) -> bool:
 
 
 def collect(evaluations: list[Evaluation]) -> list[dict]:
-    """Each row: accuracy by benchmark, over seeds and over problems, and the mean cost."""
+    """Return each row: accuracy by benchmark, over seeds and over problems, and the mean cost."""
     groups: dict[str, list[Evaluation]] = {}
     for evaluation in evaluations:
         groups.setdefault(evaluation.id, []).append(evaluation)
@@ -85,7 +85,7 @@ def collect(evaluations: list[Evaluation]) -> list[dict]:
 
 
 def over_group(group: list[Evaluation], results: list[dict]) -> dict[str, object]:
-    """One benchmark's results, of each evaluation of a row, as one."""
+    """Return one benchmark's results, of each evaluation of a row, as one."""
     k, accuracies = results[0]["num_samples"], [result["accuracy"] for result in results]
     majorities = [result["majority"] for result in results]
     rates = np.mean([np.array(result["averages"]) for result in results], axis=0)
@@ -103,7 +103,7 @@ def over_group(group: list[Evaluation], results: list[dict]) -> dict[str, object
 
 
 def judge_claims(rows: list[dict]) -> list[dict]:
-    """Each claim whose two rows are there, on each benchmark, by the seeds that both have."""
+    """Judge each claim whose two rows are there, on each benchmark, by the seeds that both have."""
     by_id = {row["id"]: row for row in rows}
     asked, differences = [], []
     for claim in CLAIMS:
@@ -117,7 +117,7 @@ def judge_claims(rows: list[dict]) -> list[dict]:
 
 
 def mark_of(row: dict) -> str:
-    """Of a control that is none, since its bound on steps came first."""
+    """Return the mark of a control that was not matched, since its bound on steps came first."""
     count = row["not_matched"]
     return f" (NOT matched in {count} seed(s): the bound on steps came first)" if count else ""
 

@@ -16,7 +16,7 @@ from workflow.presets import Preset, Setting, as_words, script_args
 
 @dataclass
 class Stage:
-    """One child process: its flags, and which stages must be finished before."""
+    """A child process: its flags, and which stages must be finished before."""
 
     name: str
     kind: str  # of the preset
@@ -37,7 +37,7 @@ class Stage:
         return flags
 
     def budget(self) -> float | str:
-        """What the stages that it must match have used; before they are finished, words."""
+        """Return what the stages that it must match have used; before they are finished, words."""
         quantity = self.budget_flag.removeprefix("stop_at_")
         if not all(stage.manifest.exists() for stage in self.budget_of):
             return f"<{quantity} of {', '.join(stage.name for stage in self.budget_of)}>"
@@ -49,7 +49,8 @@ class Stage:
 
     @property
     def role(self) -> str:
-        """Which of the two models it trains: flags such as --teacher_lora_rank are for it."""
+        """Return which of the two models it trains; flags such as --teacher_lora_rank are for
+        one."""
         return "teacher" if self.kind.startswith("teacher") else "student"
 
     def models(self, args) -> tuple[str, list[str], str]:
@@ -70,16 +71,16 @@ class Stage:
         return {"tokens": done["generated_tokens"], "flops": flops}
 
     def result(self) -> dict:
-        """What a finished stage has left: a trainer's manifest, or evaluate.py's results."""
+        """Return what a finished stage has left: a trainer's manifest, or evaluate.py's results."""
         return json.loads(self.manifest.read_text())
 
     def args(self):
-        """Its script's Args, with these flags."""
+        """Return its script's Args, with these flags."""
         return script_args(self.kind)(**self.flags)
 
     @property
     def words(self) -> list[str]:
-        """Its flags, as they stand on the command line."""
+        """Return its flags, as they stand on the command line."""
         return [word for name, value in self.flags.items() for word in as_words(name, value)]
 
     @property
@@ -104,14 +105,15 @@ class Stage:
         return model if maker is None else maker.base_model(maker.wiring["model"])
 
     def lineage(self) -> list["Stage"]:
-        """Every training stage that its model comes from, itself included, the first one first."""
+        """Return every training stage that its model comes from, itself included, the first one
+        first."""
         stages = [ancestor for stage in self.needs for ancestor in stage.lineage()]
         stages += [] if self.script == "evaluate.py" else [self]
         return list({stage.name: stage for stage in stages}.values())
 
     def is_finished(self) -> bool:
-        """Whether it was finished before. Raises UserError if that was with other settings, or with
-        other files than those that lie there now."""
+        """Tell whether it was finished before. Raises UserError if that was with other settings, or
+        with other files than those that lie there now."""
         if not self.manifest.exists():
             return False
         config = json.loads((self.folder / "config.json").read_text())
@@ -142,7 +144,7 @@ _tokenizer_of = cache(load_tokenizer)  # many stages have one
 
 
 def print_plan(stages: list[Stage], preset: Preset) -> None:
-    """Each command, then each setting with its source."""
+    """Print each command, then each setting with its source."""
     for stage in stages:
         print(f"\n# {stage.name}\n{stage.command}")
     print("\n# settings and who chose them; what is not listed is the script's default")

@@ -23,13 +23,13 @@ TEMPLATE = 3  # unless they stand in so many of its problems
 
 
 def load_problems(task: Task, source: str, renamed: Sequence[str] = ()) -> list[Problem]:
-    """Every row of a training set. renamed: --columns, name=column. Raises UserError if the source
-    is not there or lacks a column."""
+    """Return every row of a training set. renamed: --columns, name=column. Raises UserError if the
+    source is not there or lacks a column."""
     return _load(task, source, task.datasets, renamed)
 
 
 def load_evaluation_problems(task: Task, source: str) -> list[Problem]:
-    """As load_problems, of a held-out set: a name may stand for both."""
+    """Return every row of a held-out set, whose name may be a training set's too."""
     return _load(task, source, task.benchmarks)
 
 
@@ -134,12 +134,13 @@ def _find_columns(task: Task, source: str, row: dict, renamed: Sequence[str]) ->
 
 
 def is_unicode(text: str) -> bool:
-    """Not with half a surrogate pair, which JSON can hold and UTF-8 and tokenizers cannot."""
+    """Tell whether a text has no half of a surrogate pair, which JSON can hold and UTF-8 and
+    tokenizers cannot."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def ngrams(problem: Problem) -> set[tuple[str, ...]]:
-    """Every NGRAM_WORDS words in a row, lower-cased."""
+    """Return every run of NGRAM_WORDS words, lower-cased."""
     words = re.findall(r"\w+", problem.text.lower())
     return {tuple(words[i : i + NGRAM_WORDS]) for i in range(len(words) - NGRAM_WORDS + 1)}
 
@@ -207,7 +208,7 @@ class Prompt:
 
 
 def opens_thought(text: str, messages: Sequence[dict]) -> bool:
-    """Whether a prompt ends inside <think>, as templates of reasoning models leave it."""
+    """Tell whether a prompt ends inside <think>, as templates of reasoning models leave it."""
     turn = text.rpartition(messages[-1]["content"].strip())[2]
     return turn.rfind("<think>") > turn.rfind("</think>")
 
@@ -256,7 +257,7 @@ def evaluation_prompts(task: Task, tokenizer, args) -> list[Prompt]:
 
 
 def evaluation_source(task: Task, args) -> list[str]:
-    """What is never trained on: --eval_dataset, or the task's first benchmark."""
+    """Return the set that is never trained on: --eval_dataset, or the task's first benchmark."""
     return [args.eval_dataset] if args.eval_dataset else list(task.benchmarks)[:1]
 
 
@@ -269,8 +270,9 @@ def default_of(task: Task, kind: str) -> str:
 
 
 def fingerprint(tokenizer, dataset: Sequence, args) -> dict[str, object]:
-    """What a resumed run must find unchanged beside its Args: the data, prompts or given rollouts,
-    and how it is put. A template may write today's date, so prompts count as their token ids."""
+    """Return what a resumed run must find unchanged beside its Args: the data, prompts or given
+    rollouts, and how it is put. A template may write today's date, so prompts count as their token
+    ids."""
     return {
         "num_problems": len({item.problem.key for item in dataset}),
         "prompts_fingerprint": _hash_of("".join(f"{item.identity}\n" for item in dataset)),

@@ -31,7 +31,7 @@ MAX_REPLY_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class Reply:
-    """What became of one call."""
+    """The outcome of one call."""
 
     kind: str  # "value"; "error": it raised; "misuse": it broke the task's contract; or "timeout"
     value: object = None  # of an error or misuse what it says
@@ -39,7 +39,7 @@ class Reply:
 
 
 class _Worker:
-    """One process, which gets requests and gives replies as lines of JSON over a socket."""
+    """A process, which gets requests and gives replies as lines of JSON over a socket."""
 
     def __init__(self, file: Path, memory_mb: int):
         self.socket, theirs = socket.socketpair()
@@ -77,8 +77,8 @@ class _Worker:
             self.socket.sendall(request.encode() + b"\n")
 
     def messages(self) -> list[tuple[int, str, object]] | None:
-        """The whole messages that have come; None if it has died, or says what it should not: a
-        grader may write to any descriptor."""
+        """Return the whole messages that have come; None if it has died, or says what it should
+        not: a grader may write to any descriptor."""
         try:
             chunk = self.socket.recv(1 << 16, socket.MSG_DONTWAIT)
             *lines, self.received = (self.received + chunk).split(b"\n")
@@ -125,7 +125,8 @@ class WorkerPool:
         self._workers.clear()
 
     def about(self) -> dict:
-        """What the task file defines beside functions. Raises UserError if it cannot be used."""
+        """Return what the task file defines beside functions. Raises UserError if it cannot be
+        used."""
         with self._guarded():
             self._fill(1)
             while self._workers[0].about is None:
@@ -133,7 +134,7 @@ class WorkerPool:
             return self._workers[0].about
 
     def call(self, function: str, arguments: Sequence[Sequence]) -> list[Reply]:
-        """The replies of function(*a) for each a of `arguments`, in order."""
+        """Return the replies of function(*a) for each a of `arguments`, in order."""
         with self._guarded():
             replies: dict[int, Reply] = {}
             self._tried_again.clear()

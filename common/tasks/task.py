@@ -20,7 +20,7 @@ OUTCOMES = ("correct", "partial", "wrong", "no_answer", "timeout", "crash")
 
 @dataclass(frozen=True)
 class Problem:
-    """One row of a dataset, as its task asks it."""
+    """A row of a dataset, as its task asks it."""
 
     text: str  # the user's last message, without the task's instruction
     gold: str = ""  # the right answer, as people are shown it
@@ -95,15 +95,15 @@ class Task:
         return problems
 
     def keys(self, texts: Sequence[str]) -> list[str]:
-        """Of problems' texts."""
+        """Return the keys of problems' texts."""
         replies = self.pool.call("identify", [[text.strip()] for text in texts])
         failed = [reply.value for reply in replies if reply.kind != "value"]
         check(not failed, f"task {self.name}: key(text): {failed and failed[0]}")
         return [reply.value for reply in replies]
 
     def grade(self, completions: Sequence[str], problems: Sequence[Problem]) -> list[Verdict]:
-        """One verdict per completion, in order. The ranks of a machine share one pool of workers.
-        What is no reward is a crash too."""
+        """Return one verdict per completion, in order. The ranks of a machine share one pool of
+        workers. What is no reward is a crash too."""
 
         def grade_all(pairs: list[tuple[str, dict]]) -> list[Reply]:
             return self.pool.call("grade", pairs)
@@ -115,7 +115,8 @@ class Task:
         return verdicts
 
     def _warn(self, verdicts: list[Verdict]) -> None:
-        """Of a grader that fails at most completions: nothing would be learned, and no one told."""
+        """Warn of a grader that fails at most completions: nothing would be learned, and no one
+        told."""
         failed = [verdict for verdict in verdicts if verdict.outcome in ("timeout", "crash")]
         if len(failed) > max(1, len(verdicts) / 2):
             what = failed[0].message or f"no grade within {self.pool.timeout_s:g} s"
@@ -132,7 +133,8 @@ class Task:
         return Verdict(outcome, reply.value, reply.note)
 
     def same(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
-        """Whether two answers are one vote: equal texts, or what the task's same(a, b) says."""
+        """Tell whether two answers are one vote: equal texts, or what the task's same(a, b)
+        says."""
         if "same" not in self.functions:
             return [one == other for one, other in pairs]
         replies = self.pool.call("same", pairs)

@@ -106,7 +106,8 @@ task_file = Path()
 
 @contextlib.contextmanager
 def untimed():
-    """For an import that a function makes late: it does not count against the call's deadline."""
+    """Leave out the time of an import that a function makes late: it does not count against the
+    call's deadline."""
     if channel is not None:
         channel.say("untimed", None)
     yield
@@ -174,7 +175,8 @@ def load(file: Path):
 
 
 def about(task) -> dict:
-    """What the task file says beside its functions: where its data lie, what its columns are."""
+    """Return what the task file says beside its functions: where its data lie, what its columns
+    are."""
     known = {name: getattr(task, name, {}) for name in ("datasets", "benchmarks", "columns")}
     for name, named in known.items():
         if not isinstance(named, dict):
@@ -225,7 +227,8 @@ def _are_messages(messages: object) -> bool:
 
 
 def answering_part(completion: str) -> str:
-    """What lies outside <think> ... </think>, closed or not, and before an end-of-text marker."""
+    """Return what lies outside <think> ... </think>, closed or not, and before an end-of-text
+    marker."""
     completion = END_OF_TEXT.split(completion, maxsplit=1)[0]
     return completion.rpartition("</think>")[2].partition("<think>")[0]
 
@@ -242,7 +245,7 @@ def grade(task, completion: str, row: dict) -> float | None:
 
 
 def try_grade(task, row: dict) -> None:
-    """Whether grade() gives a reward at all, before anything is trained. It may refuse an empty
+    """Check that grade() gives a reward at all, before anything is trained. It may refuse an empty
     completion."""
     try:
         reward = task.grade("", row)

@@ -83,7 +83,7 @@ def split_test(test: str) -> tuple[str, object]:
 
 
 def equal(value: bytes, expected: object) -> bool:
-    """Whether a value's repr is a literal that equals the expected one. The code may have sent
+    """Tell whether a value's repr is a literal that equals the expected one. The code may have sent
     anything: nothing in here runs it."""
     try:
         return len(value) <= MAX_VALUE_BYTES and ast.literal_eval(value.decode()) == expected

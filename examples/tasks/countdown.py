@@ -45,7 +45,8 @@ def prompt(row: dict) -> str:
 
 
 def answer(completion: str) -> str | None:
-    """What stands in the last pair of answer tags; None if there is no pair or it is empty."""
+    """Return what stands in the last pair of answer tags; None if there is no pair or it is
+    empty."""
     before = completion.rpartition("</answer>")[0]
     _, tag, expression = before.rpartition("<answer>")
     return (expression.strip() or None) if tag else None

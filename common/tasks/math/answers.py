@@ -1,4 +1,4 @@
-r"""What a completion's answer is, and what comparing texts, plain numbers or words can decide.
+r"""The answer of a completion, and comparisons of texts, plain numbers and words.
 
 Every regular expression here takes linear time. The rest is for math-verify (equivalence.py).
 """
@@ -123,6 +123,6 @@ def _words(text: str) -> str | None:
 
 
 def is_plain(gold: str) -> bool:
-    """Whether a gold answer is a number or words: no parser is needed to read it."""
+    """Tell whether a gold answer is a number or words: no parser is needed to read it."""
     bare = bare_answer(gold)
     return _plain_number(bare) is not None or _words(bare) is not None

@@ -1,4 +1,5 @@
-r"""Whether an answer is the gold answer: math-verify calls them equal, and the answer is finished.
+r"""The comparison of an answer with the gold answer: math-verify calls them equal, and the answer
+is finished.
 
 math-verify is content with any expression of the gold answer's value: `8+4+7` is 19 to it. A policy
 that is paid for that learns within 30 steps to copy the problem's expression into its box. So what
@@ -37,7 +38,7 @@ TINY = 1e-3  # math-verify rounds decimals to 6 places: to it, 0.0 is every numb
 
 
 def read(text: str) -> list[Tree | str]:
-    """What math-verify reads: at most one tree, then the text that it is the tree of.
+    """Return what math-verify reads: at most one tree, then the text that it is the tree of.
 
     Text is read as the LaTeX of an answer; if there is prose or markup around, as a text that has
     one.
@@ -50,17 +51,18 @@ def read(text: str) -> list[Tree | str]:
 
 
 def is_prose(text: str) -> bool:
-    """Whether words or marks of mathematics stand around an answer; units in LaTeX do not count."""
+    """Tell whether words or marks of mathematics stand around an answer; units in LaTeX do not
+    count."""
     return bool(_PROSE.search(_LATEX_WORDS.sub(" ", text)))
 
 
 def is_readable(gold: str) -> bool:
-    """Whether more than an equal string can be right."""
+    """Tell whether more than an equal string can be right."""
     return any(not isinstance(value, str) for value in read(gold))
 
 
 def is_answer(gold: str, answer: str) -> bool:
-    """Whether `answer` has the value of `gold` and is finished. Not symmetric."""
+    """Tell whether `answer` has the value of `gold` and is finished. Not symmetric."""
     golds, answers = read(gold), read(answer)
     if not _equal(golds, answers):
         return False
@@ -95,7 +97,7 @@ def _equal(golds: list, answers: list) -> bool:
 
 
 def _is_cut_short(text: str, answer: str) -> bool:
-    r"""Whether prose goes on around math-verify's number: `the length is 12\sqrt{5}`."""
+    r"""Tell whether prose goes on around math-verify's number: `the length is 12\sqrt{5}`."""
     before, found, behind = answer.rpartition(text)
     if not found or not is_prose(answer) or _MATHS.search(answer):
         return False

@@ -1,4 +1,4 @@
-r"""Whether an answer is finished: nothing is left to be worked out.
+r"""The rule that an answer is finished: nothing is left to be worked out.
 
 It is judged by the tree that math-verify has parsed, and by the text that the tree is of.
 
@@ -90,7 +90,7 @@ Tree = Basic | MatrixBase
 
 
 def is_finished(answer: Tree, text: str, gold: Tree, gold_text: str) -> bool:
-    """Whether nothing is left to be worked out in `answer`, beyond what is left in `gold`."""
+    """Tell whether nothing is left to be worked out in `answer`, beyond what is left in `gold`."""
     if not _is_as_written(answer, text) and _is_as_written(gold, gold_text):
         return False
     solved = is_relation(gold) and is_solved(gold) and len(gold.free_symbols) == 1
@@ -104,7 +104,8 @@ def is_finished(answer: Tree, text: str, gold: Tree, gold_text: str) -> bool:
 
 
 def elements_of(tree: Tree) -> list[Tree]:
-    r"""Those of a set, tuple, interval, matrix or \frac{1}{2} of one, at any depth; else itself."""
+    r"""Return the elements of a set, tuple, interval, matrix or \frac{1}{2} of one, at any depth;
+    else itself."""
     if tree == S.Reals:
         return [-S.Infinity, S.Infinity]
     if isinstance(tree, MatMul) and sum(factor.is_Matrix for factor in tree.args) == 1:
@@ -150,7 +151,7 @@ def is_solved(relation: Relational | And) -> bool:
 
 
 def undone(tree: Tree) -> Counter:
-    """How often each kind of operation can be carried out at once."""
+    """Count how often each kind of operation can be carried out at once."""
     kinds = Counter()
     with distribute(False):  # 2(x+1) stays a product
         for node in preorder_traversal(tree):
@@ -241,7 +242,7 @@ def _is_undone_product(product: Mul) -> bool:
 
 
 def _factors(product: Tree) -> list[Tree]:
-    """Those of 6x/(3y): 6, x, 1/3, 1/y."""
+    """Return the factors of a product, of 6x/(3y): 6, x, 1/3, 1/y."""
     return [
         Pow(below, -1, evaluate=False) if isinstance(factor, Pow) and factor.exp == -1 else below
         for factor in _flat(Mul, product)
@@ -262,7 +263,8 @@ def is_assignment(tree: Tree) -> bool:
 
 
 def sides_of(tree: Tree, text: str = "") -> list[tuple[Tree, str]]:
-    """Of an equation or a chain of them the last side, then the first; else the tree itself."""
+    """Return of an equation or a chain of them the last side, then the first; else the tree
+    itself."""
     if not isinstance(tree, Eq | And) or not is_equation(tree):
         last = text.rpartition("=")[2]  # of `P(X=2) = 3/8` the tree is 3/8
         one = not isinstance(tree, Set | Tuple) and _NUMERAL.search(last)  # `x=3, x=4` is two
@@ -275,7 +277,7 @@ def sides_of(tree: Tree, text: str = "") -> list[tuple[Tree, str]]:
 
 
 def _is_as_written(tree: Tree, text: str) -> bool:
-    r"""Whether the tree is what the text says, not what the parser has worked out: it has each
+    r"""Tell whether the tree is what the text says, not what the parser has worked out: it has each
     numeral, 0 and 1 apart, and nothing was substituted, transposed or a determinant."""
     text = _MIXED.sub(_improper, _SUBSCRIPT.sub(" ", text))
     if _EAGER.search(text):
@@ -288,8 +290,8 @@ def _is_as_written(tree: Tree, text: str) -> bool:
 
 
 def _numerals_of(text: str) -> list[Counter]:
-    """How often each numeral stands there, 0 and 1 apart; 1,234 is one number or two. A part that
-    stands twice counts once: `6, 6` is the set of 6."""
+    """Count how often each numeral stands there, 0 and 1 apart; 1,234 is one number or two. A part
+    that stands twice counts once: `6, 6` is the set of 6."""
     readings = []
     for reading in (text, _THOUSANDS.sub("", text)):
         parts = dict.fromkeys(part.strip() for part in reading.split(","))

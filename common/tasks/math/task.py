@@ -69,7 +69,7 @@ def key(text: str) -> str:
 
 
 def check(row: dict) -> str | None:
-    """What is wrong with a gold answer that is no number, word or expression."""
+    """Return what is wrong with a gold answer that is no number, word or expression."""
     if is_plain(gold(row)) or equivalence().is_readable(bare_answer(gold(row))):
         return None
     return f"gold answer {gold(row)!r} cannot be read: only an equal string will be right"
@@ -89,7 +89,7 @@ def same(one: str, other: str) -> bool:
 
 
 def is_right(answer: str, gold: str) -> bool:
-    """Whether an answer means what the gold answer does. Not symmetric."""
+    """Tell whether an answer means what the gold answer does. Not symmetric."""
     cheaply = compare_cheaply(answer, gold)
     if cheaply is not None:
         return cheaply
