@@ -39,7 +39,7 @@ def cost_of(evaluation: Evaluation) -> dict[str, float]:
             split = stage.wiring["split"]
             labels[split] = max(count, labels.get(split, 0))
     student_steps, stage = 0, evaluation.stage
-    while (stage := stage.maker(stage.wiring["model"])) is not None:
+    while (stage := stage.trained_by(stage.wiring["model"])) is not None:
         student_steps += done[stage.name]["step"]
 
     def total(key: str, names) -> float:

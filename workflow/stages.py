@@ -95,14 +95,14 @@ class Stage:
     def final(self) -> str:
         return str(self.folder / "final")
 
-    def maker(self, model: str) -> "Stage | None":
-        """The stage before it that has trained `model`, if one has."""
+    def trained_by(self, model: str) -> "Stage | None":
+        """Return the stage before it that has trained `model`, if one has."""
         return next((stage for stage in self.needs if stage.final == model), None)
 
     def base_model(self, model: str) -> str:
-        """The model that the checkpoint `model` comes from: it has its shape."""
-        maker = self.maker(model)
-        return model if maker is None else maker.base_model(maker.wiring["model"])
+        """Return the base model that the checkpoint `model` comes from, whose shape it has."""
+        stage = self.trained_by(model)
+        return model if stage is None else stage.base_model(stage.wiring["model"])
 
     def lineage(self) -> list["Stage"]:
         """Return every training stage that its model comes from, itself included, the first one

@@ -58,12 +58,12 @@ class _Worker:
         self.number = 0  # of its call; 0 is its start
         self.call: int | None = None  # the index of the call that it works on
         self.note: str | None = None
-        self.about: dict | None = None  # the task, as it says once its imports are done
+        self.declared: dict | None = None  # the task, as it says once its imports are done
         self.deadline = time.monotonic() + STARTUP_S
 
     @property
     def idle(self) -> bool:
-        return self.about is not None and self.call is None
+        return self.declared is not None and self.call is None
 
     def fileno(self) -> int:
         return self.socket.fileno()
@@ -124,14 +124,14 @@ class WorkerPool:
             worker.kill()
         self._workers.clear()
 
-    def about(self) -> dict:
+    def declarations(self) -> dict:
         """Return what the task file defines beside functions. Raises UserError if it cannot be
         used."""
         with self._guarded():
             self._fill(1)
-            while self._workers[0].about is None:
+            while self._workers[0].declared is None:
                 self._receive({}, deque())
-            return self._workers[0].about
+            return self._workers[0].declared
 
     def call(self, function: str, arguments: Sequence[Sequence]) -> list[Reply]:
         """Return the replies of function(*a) for each a of `arguments`, in order."""
@@ -201,7 +201,7 @@ class WorkerPool:
         elif number == 0:
             if kind != "value":
                 raise self._cannot_start(str(value))
-            worker.about, self._has_started = value, True
+            worker.declared, self._has_started = value, True
         else:
             replies[worker.call] = Reply(kind, value, worker.note)
             worker.call = None
@@ -211,7 +211,7 @@ class WorkerPool:
         return (RunFailure if self._has_started else UserError)(f"task {self.file}: {why}")
 
     def _end(self, worker: _Worker, reply: Reply, replies: dict[int, Reply]) -> None:
-        if worker.about is None:
+        if worker.declared is None:
             what = "takes too long" if reply.kind == "timeout" else "ends its process"
             raise self._cannot_start(f"importing it {what}")
         if worker.call is not None:

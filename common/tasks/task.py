@@ -59,12 +59,12 @@ class Task:
         is_task = self.file.is_file() and self.file.suffix == ".py"
         check(is_task, f"there is no task {name}; give math or a .py file")
         self.pool = WorkerPool(self.file)
-        about = on_first_rank(self.pool.about)
-        self.pool.timeout_s = about["grade_timeout"] if timeout_s is None else timeout_s
-        self.columns: dict[str, Sequence[str]] = about["columns"]
-        self.datasets, self.benchmarks = about["datasets"], about["benchmarks"]
-        self.functions: list[str] = about["functions"]
-        self.instruction = about["instruction"]
+        declared = on_first_rank(self.pool.declarations)
+        self.pool.timeout_s = declared["grade_timeout"] if timeout_s is None else timeout_s
+        self.columns: dict[str, Sequence[str]] = declared["columns"]
+        self.datasets, self.benchmarks = declared["datasets"], declared["benchmarks"]
+        self.functions: list[str] = declared["functions"]
+        self.instruction = declared["instruction"]
 
     def __enter__(self) -> "Task":
         return self
@@ -83,8 +83,8 @@ class Task:
         for number, (row, reply) in enumerate(zip(rows, replies, strict=True), 1):
             where = f"{source}, row {number}"
             if reply.kind != "value":
-                said = "prompt(row) takes too long" if reply.kind == "timeout" else reply.value
-                raise UserError(f"{where}: task {self.name}: {said}")
+                reason = "prompt(row) takes too long" if reply.kind == "timeout" else reply.value
+                raise UserError(f"{where}: task {self.name}: {reason}")
             *before, last = reply.value.pop("messages")
             text = last["content"].strip()
             asked = f"{text}\n{self.instruction}" if self.instruction else text

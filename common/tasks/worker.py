@@ -129,9 +129,9 @@ def work(file: Path, memory_mb: int, scratch: str) -> None:
             resource.setrlimit(kind, (limit, limit))
     try:
         task = load(file)
-        channel.say("value", about(task))
+        channel.say("value", declarations(task))
     except BaseException as error:
-        channel.say("misuse" if isinstance(error, Misuse) else "error", said(error))
+        channel.say("misuse" if isinstance(error, Misuse) else "error", text_of(error))
         os._exit(0)
     functions = {"describe": describe, "identify": identify, "grade": grade}
     functions |= {"try_grade": try_grade, "same": same}
@@ -147,11 +147,11 @@ def work(file: Path, memory_mb: int, scratch: str) -> None:
         except MemoryError:
             os._exit(1)  # what is left of this process is not to be trusted
         except BaseException as error:
-            kind, value = "misuse" if isinstance(error, Misuse) else "error", said(error)
+            kind, value = "misuse" if isinstance(error, Misuse) else "error", text_of(error)
         channel.say(kind, value)
 
 
-def said(error: BaseException) -> str:
+def text_of(error: BaseException) -> str:
     """An exception in one line, with the function of the task file that it came from."""
     if isinstance(error, Misuse):
         return str(error)
@@ -174,7 +174,7 @@ def load(file: Path):
     return task
 
 
-def about(task) -> dict:
+def declarations(task) -> dict:
     """Return what the task file says beside its functions: where its data lie, what its columns
     are."""
     known = {name: getattr(task, name, {}) for name in ("datasets", "benchmarks", "columns")}
@@ -191,8 +191,8 @@ def about(task) -> dict:
     if not isinstance(grade_timeout, int | float) or not 0 < grade_timeout < math.inf:
         raise Misuse("its grade_timeout is no number of seconds")
     functions = [name for name in ("answer", "same") if callable(getattr(task, name, None))]
-    about = {"instruction": instruction, "grade_timeout": grade_timeout, "functions": functions}
-    return known | about
+    declared = {"instruction": instruction, "grade_timeout": grade_timeout, "functions": functions}
+    return known | declared
 
 
 def describe(task, row: dict) -> dict:

@@ -23,12 +23,11 @@ _CURRENCY = re.compile(r"\\\$|[€£¥¢]")
 _WRAPPED = re.compile(r"(?:\\(?:textbf|mathbf|boldsymbol|bm|underline|mathrm))?\{([^{}\\]*)\}")
 _THINGS = re.compile(r"([\d,.+-]+)\s+([A-Za-z]{2,}(?:[ /][A-Za-z]{1,20}){0,6}[²³]?)")
 # What follows a number and is no unit of it.
-_NUMBER_WORDS = {
-    *("and", "or", "plus", "minus", "times", "over", "squared", "cubed", "mod", "choose", "sqrt"),
-    *("factorial", "pi", "sin", "cos", "tan", "log", "ln", "exp", "percent", "percentage", "pct"),
-    *("hundred", "thousand", "million", "billion", "trillion", "dozen", "half", "halves", "cent"),
-    *("third", "thirds", "quarter", "quarters"),
-}
+_NUMBER_WORDS = set(
+    "and or plus minus times over squared cubed mod choose sqrt factorial pi sin cos tan log ln exp "
+    "percent percentage pct hundred thousand million billion trillion dozen half halves cent third "
+    "thirds quarter quarters".split()
+)
 _WORDS = re.compile(
     r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{([A-Za-z\s.'-]+)\}"
     r"|([A-Za-z]{2,3}|[A-Za-z]{4}[A-Za-z .'-]*)"
