@@ -23,10 +23,10 @@ _CURRENCY = re.compile(r"\\\$|[€£¥¢]")
 _WRAPPED = re.compile(r"(?:\\(?:textbf|mathbf|boldsymbol|bm|underline|mathrm))?\{([^{}\\]*)\}")
 _THINGS = re.compile(r"([\d,.+-]+)\s+([A-Za-z]{2,}(?:[ /][A-Za-z]{1,20}){0,6}[²³]?)")
 # What follows a number and is no unit of it.
-_NUMBER_WORDS = set(
-    "and or plus minus times over squared cubed mod choose sqrt factorial pi sin cos tan log ln exp "
-    "percent percentage pct hundred thousand million billion trillion dozen half halves cent third "
-    "thirds quarter quarters".split()
+_NUMBER_WORDS = re.compile(
+    "and|or|plus|minus|times|over|squared|cubed|mod|choose|sqrt|factorial|pi|sin|cos|tan|log|ln|exp"
+    "|percent|percentage|pct|hundred|thousand|million|billion|trillion|dozen|half|halves|cent|third"
+    "|thirds|quarter|quarters"
 )
 _WORDS = re.compile(
     r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{([A-Za-z\s.'-]+)\}"
@@ -111,7 +111,7 @@ def _plain_number(text: str) -> Decimal | None:
 def _number_of_things(text: str) -> Decimal | None:
     """12 of `12 eggs` or `12 km/h`, but not of `12 million`."""
     match = _THINGS.fullmatch(text)
-    if match is None or _NUMBER_WORDS.intersection(re.findall(r"[a-z]+", match[2].lower())):
+    if match is None or any(map(_NUMBER_WORDS.fullmatch, re.findall(r"[a-z]+", match[2].lower()))):
         return None
     return _plain_number(match[1])
 
