@@ -271,15 +271,7 @@ def main(args: Args) -> None:
         print(f"{folder}/results.json is there already")
         return
     if backend == "vllm":
-        engine = VLLMEngine(
-            model_path(args.model),
-            tokenizer,
-            dtype=args.dtype,
-            max_length=args.max_prompt_tokens + args.max_new_tokens,
-            gpu_memory=args.vllm_gpu_memory,
-            enforce_eager=args.enforce_eager,
-            tensor_parallel=args.tensor_parallel,
-        )
+        engine = VLLMEngine(model_path(args.model), tokenizer, args)
     else:
         model = load_model(args.model, args.dtype, device)
         engine = TorchEngine(model, tokenizer, DTYPES[args.dtype])

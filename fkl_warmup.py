@@ -43,7 +43,7 @@ from common.model.tokenizer import load_tokenizer, share_end_ids
 from common.run.process import DATA, MAY_CHANGE, MODEL, NOT_NEGATIVE, POSITIVE, start
 from common.run.ranks import join_ranks, sum_dicts_over_ranks, sum_over_ranks
 from common.run.run import Run, check_training, mean
-from common.sampling.batches import MicroBatch, micro_batches, minibatches
+from common.sampling.batches import micro_batches, minibatches
 from common.sampling.rollout import Rollout, load_rollouts
 from common.sampling.sampler import Sampler
 from common.sampling.vllm_engine import resolve_backend
@@ -164,17 +164,6 @@ class Args:
             self.learning_rate = 3e-4
 
 
-# === score ===
-
-
-def teacher_hidden(teacher, batch: MicroBatch) -> torch.Tensor:
-    """Return the teacher's hidden states [N, D_teacher] at a micro-batch's loss tokens.
-
-    (Its logits would be [N, V].) Its head is applied chunk by chunk, beside the student's.
-    """
-    return frozen_hidden_states(teacher, batch.input_ids, batch.mask)
-
-
 # === loss ===
 
 
@@ -215,6 +204,8 @@ def backward(model, teacher, rollouts: list[Rollout], args: Args) -> dict[str, f
     teacher_head = head_weight(teacher, teacher.dtype)
     sums = Counter(loss=0.0)
     for batch in micro_batches(rollouts, args.micro_batch_tokens, device_of(model)):
+        # Hidden states [N, D_teacher], not logits [N, V]: its head is applied beside the student's.
+        hidden = frozen_hidden_states(teacher, batch.input_ids, batch.mask)
         sums.update(
             chunked_backward(
                 model,
@@ -222,7 +213,7 @@ def backward(model, teacher, rollouts: list[Rollout], args: Args) -> dict[str, f
                 batch.mask,
                 partial(loss_fn, args=args),
                 inputs={"tokens": batch.tokens},
-                teacher=(teacher_hidden(teacher, batch), teacher_head),
+                teacher=(hidden, teacher_head),
                 denominator=denominator,
                 chunk_size=args.chunk_size,
             )
@@ -264,19 +255,11 @@ def main(args: Args) -> None:
     )
     run.restore(model, optimizer)
     sampler = Sampler(
-        args=args,
-        run=run,
-        task=task,
-        tokenizer=tokenizer,
-        backend=backend,
-        sampled=teacher,
-        trained=model,
-        dataset=dataset,
-        eval_prompts=eval_prompts,
+        run, task, tokenizer, backend, dataset, eval_prompts, sampled=teacher, trained=model
     )
 
     # --- loop ---
-    with run, sampler:
+    with run, task:
         for step in run.steps():
             # --- generate ---
             run.phase("generate")

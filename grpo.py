@@ -4,14 +4,15 @@ The policy samples G completions of each prompt, the task pays R_i in [0, 1], an
 rho_t = pi(y_t) / pi_old(y_t) and r_t = ref(y_t) / pi(y_t)
 
     A_i = (R_i - mean R) / std R                              over the G completions of a prompt
-    L = 1/Z sum_i sum_t [ -min(rho_t A_i, clip(rho_t, 1 - clip_low, 1 + clip_high) A_i)
-                          + kl_coef (r_t - log r_t - 1) ]
+    L = 1/Z sum_i w_i sum_t [ -min(rho_t A_i, clip(rho_t, 1 - clip_low, 1 + clip_high) A_i)
+                              + kl_coef (r_t - log r_t - 1) ]
 
 after DeepSeekMath (arXiv 2402.03300); clip 0.2 and kl_coef 5e-4 are the paper's (2605.12483,
 Table 9). What to know:
-- Z is fixed before micro-batching: neither micro-batches nor chunks change the gradient.
-- On the first pass over fresh rollouts rho is 1, and the loss is minus the advantage of the mean
-  token: it shows whether right completions are longer, and nothing of the gradient. Watch
+- w_i is 1 and Z the number of loss tokens; --loss_agg has two other choices. Z is fixed before
+  micro-batching: neither micro-batches nor chunks change the gradient.
+- On the first pass over fresh rollouts rho is 1, and the loss is minus the mean advantage over
+  tokens: it shows whether right completions are longer, and nothing of the gradient. Watch
   rollout/accuracy and policy/entropy instead.
 - The k3 term estimates KL(pi || ref), but its gradient on policy is that of KL(ref || pi).
 
@@ -157,7 +158,7 @@ class Args:
     advantage_norm: Literal["std", "none"] = "std"
     """divide the advantage by the group's standard deviation, or not (Dr. GRPO)"""
     loss_agg: Literal["token", "sequence", "dr_grpo"] = "token"
-    """Z: loss tokens; sequences of equal weight; or N * max_new_tokens"""
+    """average over tokens, over sequences, or divide by N * max_new_tokens (Dr. GRPO)"""
     dynamic_sampling: bool = False
     """replace groups whose grades all agree (DAPO)"""
     max_refills: Annotated[int, NOT_NEGATIVE] = 3
@@ -205,8 +206,8 @@ def set_logprobs(name: str, model, rollouts: list[Rollout], args: Args) -> None:
 
 
 def draw_groups(sampler: Sampler, step: int, args: Args) -> tuple[list[Rollout], dict[str, float]]:
-    """Draw a step's rollouts; return them with their metrics. --dynamic_sampling draws groups that
-    agree again."""
+    """Draw a step's rollouts; return them with their metrics. With --dynamic_sampling groups whose
+    grades all agree are drawn anew."""
     rollouts: list[Rollout] = []
     for refill in range(args.max_refills + 1):
         missing = args.prompts_per_step - sum_over_ranks(len(rollouts)) // args.group_size
@@ -243,7 +244,7 @@ def loss_fn(
     [C]. Returns the weighted sum, and the unweighted sums of what is logged.
 
     `old_logprobs` None: the policy has not moved since it sampled, so the ratio is 1 (its gradient
-    is not 0).
+    is not 0). The entropy has no gradient. On a GPU backward writes over the logits: use them once.
     """
     logprobs, entropy = token_logprobs(logits, tokens, args.temperature)
     old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
@@ -270,7 +271,8 @@ def loss_fn(
 
 
 def backward(model, rollouts: list[Rollout], args: Args) -> dict[str, float]:
-    """Add the gradients of one optimizer step to .grad; return its metrics, means over tokens.
+    """Add the gradients of one optimizer step to .grad; return its metrics, means over the tokens
+    that have a gradient.
 
     Over all micro-batches and ranks together this does what
     `(loss_fn(model(ids).logits[mask], ...)[0] / denominator).backward()` does:
@@ -309,7 +311,8 @@ def denominator_of(rollouts: list[Rollout], args: Args) -> float:
     """Sum the tokens' weights of one optimizer step, or return Dr. GRPO's constant: Z."""
     if args.loss_agg == "dr_grpo":
         return float(sum_over_ranks(len(rollouts)) * args.max_new_tokens)
-    return sum_over_ranks(sum((r.weight * len(r.completion_ids) for r in rollouts), 0.0)) or 1.0
+    weights = [r.weight * len(r.completion_ids) for r in rollouts]
+    return sum_over_ranks(float(sum(weights))) or 1.0
 
 
 def with_gradient(rollouts: list[Rollout], args: Args) -> list[Rollout]:
@@ -348,19 +351,11 @@ def main(args: Args) -> None:
     )
     run.restore(model, optimizer)
     sampler = Sampler(
-        args=args,
-        run=run,
-        task=task,
-        tokenizer=tokenizer,
-        backend=backend,
-        sampled=model,
-        trained=model,
-        dataset=dataset,
-        eval_prompts=eval_prompts,
+        run, task, tokenizer, backend, dataset, eval_prompts, sampled=model, trained=model
     )
 
     # --- loop ---
-    with run, sampler:
+    with run, task:
         for step in run.steps():
             # --- generate ---
             run.phase("generate")

@@ -10,10 +10,12 @@ What to know:
 - The gradient goes through the student's logits, not through its choice of what to sample: the
   discount-0 semi-gradient of the trajectory KL (eq. 1), without the score-function term.
 - --estimator sampled is the policy-gradient form: advantage log teacher - log pi of the sampled
-  token, detached. Its expected gradient is the full reverse KL's; its variance is far larger.
-- --estimator topk compares the student's k likeliest tokens and one bucket for all others. That
-  tail needs its own logsumexp: without a bucket, mass leaves the top k; log(1 - sum) cancels.
-- --sample_from initial leaves all sampling to the student of the start: its rollouts could be drawn
+  token, detached. In the first update on the policy's own rollouts its expected gradient is that of
+  the full reverse KL; its variance is far larger.
+- --estimator topk compares the student's k likeliest tokens and one bucket of all others. The
+  bucket's mass is a logsumexp of its own, since log(1 - sum) cancels. Without a bucket the student
+  could lower its loss by moving mass out of the top k.
+- --sample_from initial samples from the frozen student of the start: its rollouts could be drawn
   once, ahead ("semi-on-policy", arXiv 2610.11291). --rollouts FILE takes given ones.
 
 Shape key: P prompts per step, G completions per prompt, N = P·G sequences, T tokens,
@@ -45,7 +47,7 @@ from common.run.errors import check
 from common.run.process import DATA, MAY_CHANGE, MODEL, NOT_NEGATIVE, POSITIVE, start
 from common.run.ranks import join_ranks, sum_dicts_over_ranks, sum_over_ranks
 from common.run.run import Run, check_training, mean
-from common.sampling.batches import MicroBatch, micro_batches, minibatches
+from common.sampling.batches import micro_batches, minibatches
 from common.sampling.rollout import Rollout, load_rollouts
 from common.sampling.sampler import Sampler
 from common.sampling.vllm_engine import resolve_backend
@@ -170,17 +172,6 @@ class Args:
             self.learning_rate = 3e-4
 
 
-# === score ===
-
-
-def teacher_hidden(teacher, batch: MicroBatch) -> torch.Tensor:
-    """Return the teacher's hidden states [N, D_teacher] at a micro-batch's loss tokens.
-
-    (Its logits would be [N, V].) Its head is applied chunk by chunk, beside the student's.
-    """
-    return frozen_hidden_states(teacher, batch.input_ids, batch.mask)
-
-
 # === loss ===
 
 
@@ -223,7 +214,7 @@ def top_k_buckets(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the log-probs [C, k + 1] of student and teacher of the student's k likeliest tokens,
     and of one bucket of all others."""
-    top = likeliest(logp.detach(), min(k, logp.shape[1] - 1)).indices  # the bucket holds something
+    top = likeliest(logp.detach(), min(k, logp.shape[1] - 1)).indices  # leaves one for the bucket
     in_top = torch.zeros_like(logp, dtype=torch.bool).scatter(1, top, True)
     buckets = []
     for x in (logp, logq):
@@ -247,6 +238,8 @@ def backward(model, teacher, rollouts: list[Rollout], args: Args) -> dict[str, f
     teacher_head = head_weight(teacher, teacher.dtype)
     sums = Counter(loss=0.0)
     for batch in micro_batches(rollouts, args.micro_batch_tokens, device_of(model)):
+        # Hidden states [N, D_teacher], not logits [N, V]: its head is applied beside the student's.
+        hidden = frozen_hidden_states(teacher, batch.input_ids, batch.mask)
         sums.update(
             chunked_backward(
                 model,
@@ -254,7 +247,7 @@ def backward(model, teacher, rollouts: list[Rollout], args: Args) -> dict[str, f
                 batch.mask,
                 partial(loss_fn, args=args),
                 inputs={"tokens": batch.tokens},
-                teacher=(teacher_hidden(teacher, batch), teacher_head),
+                teacher=(hidden, teacher_head),
                 denominator=denominator,
                 chunk_size=args.chunk_size,
             )
@@ -272,11 +265,15 @@ def main(args: Args) -> None:
     check_training(args)
     check(
         args.estimator == "full" or args.divergence == "reverse_kl",
-        f"--estimator {args.estimator} is of the reverse KL; drop --divergence {args.divergence}",
+        f"--estimator {args.estimator} has only the reverse KL; drop --divergence",
     )
     check(
         not args.rollouts or args.sample_from == "policy",
         "--rollouts takes given completions; drop --sample_from initial",
+    )
+    check(
+        args.estimator != "sampled" or (args.sample_from == "policy" and not args.rollouts),
+        "--estimator sampled needs the policy's own samples; drop --rollouts and --sample_from",
     )
     device = join_ranks(args.device, args.dtype, args.cpu_offload)
     backend = resolve_backend(args, device)
@@ -305,19 +302,11 @@ def main(args: Args) -> None:
     )
     run.restore(model, optimizer)
     sampler = Sampler(
-        args=args,
-        run=run,
-        task=task,
-        tokenizer=tokenizer,
-        backend=backend,
-        sampled=sampled,
-        trained=model,
-        dataset=dataset,
-        eval_prompts=eval_prompts,
+        run, task, tokenizer, backend, dataset, eval_prompts, sampled=sampled, trained=model
     )
 
     # --- loop ---
-    with run, sampler:
+    with run, task:
         for step in run.steps():
             # --- generate ---
             run.phase("generate")

@@ -48,7 +48,7 @@ MUTANTS = [
         (GRPO, "range(args.max_refills + 1)", "range(args.max_refills)"),
         (OPD, "share_end_ids(tokenizer, model, teacher, s", "share_end_ids(tokenizer, model, s"),
         (FKL, "share_end_ids(tokenizer, model, teacher)", "share_end_ids(tokenizer, model)"),
-        (FKL, "trained=model,", "trained=teacher,"),
+        (FKL, "trained=model", "trained=teacher"),
         (FKL, "if rollout.verdict.correct]", "if rollout.verdict.reward > 0]"),
         (RUN, "math.isfinite(loss) and math.isfinite(grad_norm)", "math.isfinite(loss)"),
         (RUN, "asdict(self._completed), self", "asdict(self.progress), self"),
@@ -71,7 +71,7 @@ MUTANTS = [
         (GRPO, "zip(batch.rollouts, logprobs", "zip(rollouts[:len(lengths)], logprobs"),
         (GRPO, "batch.tokens, args.temperature,", "batch.tokens, 1.0,"),
         (GRPO, "engine_ratio = (old_logprobs", "engine_ratio = (logprobs.detach()"),
-        (GRPO, "for r in rollouts), 0.0)", "for r in with_gradient(rollouts, args)), 0.0)"),
+        (GRPO, "for r in rollouts]\n    r", "for r in with_gradient(rollouts, args)]\n    r"),
         (GRPO, "sum_over_ranks(len(rollouts)) * a", "args.prompts_per_step * args.group_size * a"),
         (GRPO, "r.weight > 0 and", "r.weight >= 0 and"),
         (OPD, "likeliest(logp.detach(), min", "likeliest(logq, min"),
@@ -118,7 +118,7 @@ MUTANTS = [
         (RUN, "done.flops + done.teacher_flops", "done.flops"),
         (OPD, 'device, flops_role="teacher")', "device)"),
     ]),
-    ("tests/test_updates.py -k signal", [
+    ("tests/test_updates.py -k 'signal or mid_update'", [
         (RUN, "together and not self._updating and", "together and"),
     ]),
     ("tests/test_lora.py tests/test_model.py -k 'not resumes'", [

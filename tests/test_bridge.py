@@ -348,8 +348,8 @@ write("end")
 
     def stage(name: str, sleep: float, *needs):
         folder = tmp_path / "out" / name
-        wiring = {"sleep": sleep, "log": str(log), "output_dir": str(folder)}
-        return Stage(name, "", "stub.py", folder, wiring, {}, list(needs))
+        fixed_flags = {"sleep": sleep, "log": str(log), "output_dir": str(folder)}
+        return Stage(name, "", "stub.py", folder, fixed_flags, {}, list(needs))
 
     a, b = stage("a", 0.6), stage("b", 0.1)
     c = stage("c", 0.1, a)

@@ -17,10 +17,10 @@ import grpo
 import opd
 from common.model.load import load_for_training
 from common.model.lora import (
-    BaseOf,
+    AdaptersOff,
     add_adapters,
+    init_adapters,
     layers_of,
-    set_adapters,
     trained_parameters,
     weight_names,
     whole_weights,
@@ -37,7 +37,7 @@ IDS = torch.arange(3, 19)[None]
 def adapted(tokenizer, rank: int = 4, moved: bool = True, **changes):
     model = tiny_model(tokenizer, **changes)
     add_adapters(model, rank)
-    set_adapters(model, seed=3)
+    init_adapters(model, seed=3)
     if moved:
         with torch.no_grad():
             for layer in layers_of(model).values():
@@ -81,7 +81,7 @@ def test_the_start_is_the_base_to_the_bit_and_so_is_the_reference(tokenizer):
         assert torch.equal(fresh(IDS).logits, base)
         moved = adapted(tokenizer)
         assert not torch.equal(moved(IDS).logits, base)
-        assert torch.equal(BaseOf(moved)(input_ids=IDS).logits, base)
+        assert torch.equal(AdaptersOff(moved)(input_ids=IDS).logits, base)
         assert not torch.equal(moved(IDS).logits, base)  # they are on again
 
 

@@ -290,7 +290,7 @@ def test_sampled_opd_has_the_expected_gradient_of_the_full_reverse_kl(temperatur
     student, teacher = random_logits(0)[:1], random_logits(1)[:1]
 
     def loss_and_gradient(token: int, args: opd.Args) -> tuple[float, torch.Tensor]:
-        logits = student.clone().requires_grad_()  # the gradient is written over them
+        logits = student.clone().requires_grad_()
         loss, _ = opd.loss_fn(logits, teacher, torch.tensor([token]), args)
         return loss.item(), torch.autograd.grad(loss, logits)[0]
 

@@ -93,11 +93,14 @@ def make_up(stages, tokenizer) -> None:
         script = importlib.import_module(stage.script.removesuffix(".py"))
         config = vars(script.Args(**stage.flags))
         if stage.script != "evaluate.py":
-            config |= {"num_problems": 300 if stage.wiring["split"] == "all" else 150}
+            config |= {"num_problems": 300 if stage.fixed_flags["split"] == "all" else 150}
         shutil.copytree(ROOT / "toy" / "student", stage.folder / "final")
         config |= inputs_of(script.Args(**stage.flags))
         config["template_fingerprint"] = template_fingerprint(tokenizer, script.Args(**stage.flags))
-        config["environment"] = {"machine": "2 cores", "git_commit": f"c{stage.wiring['seed']}"}
+        config["environment"] = {
+            "machine": "2 cores",
+            "git_commit": f"c{stage.fixed_flags['seed']}",
+        }
         (stage.folder / "config.json").write_text(json.dumps(config))
         if stage.script == "evaluate.py":
             counts = [n % 17, (3 * n) % 17, 16, 0]
@@ -134,7 +137,7 @@ def test_cost_of_a_route(study):
     replay: the same labels twice; distillation uses none."""
     _, stages, results = study
     rows = {row["title"]: row for row in results["rows"]}
-    number = {(s.wiring["seed"], s.name): n for n, s in enumerate(stages, 1)}
+    number = {(s.fixed_flags["seed"], s.name): n for n, s in enumerate(stages, 1)}
     half = rows["RL teacher: FKL, OPD (1H), GRPO (2H)"]
     behind = ("teacher_grpo", "fkl_warmup", "opd", "student_grpo")
     numbers = [sum(number[seed, name] for name in behind) for seed in (1, 2)]
@@ -157,7 +160,7 @@ def test_cost_of_a_route(study):
 
 def test_matched_controls_get_what_the_full_route_has_used(study):
     _, stages, _ = study
-    of = {(s.wiring["seed"], s.name): s for s in stages}
+    of = {(s.fixed_flags["seed"], s.name): s for s in stages}
     done = [
         json.loads(of[2, name].manifest.read_text())
         for name in ("full_teacher_grpo", "full_fkl_warmup", "full_opd")
@@ -171,7 +174,7 @@ def test_matched_controls_get_what_the_full_route_has_used(study):
 def test_a_control_that_ended_before_its_budget_is_marked(study):
     folder, stages, results = study
     rows = {row["title"]: row for row in results["rows"]}
-    of = {(s.wiring["seed"], s.name): s for s in stages}
+    of = {(s.fixed_flags["seed"], s.name): s for s in stages}
     for flag, keys in (("tokens", ["generated_tokens"]), ("flops", ["flops", "teacher_flops"])):
         controls = [of[seed, f"cold_matched_{flag}"] for seed in (1, 2)]
         used = [json.loads(s.manifest.read_text()) for s in controls]

@@ -29,11 +29,11 @@ def test_given_rollouts_are_drawn_as_they_are(model, tokenizer, task, rollouts):
     verdicts are new."""
     drawn = []
     args = SimpleNamespace(seed=0, group_size=4, dtype="float32")
-    run = SimpleNamespace(progress=Progress(), count_rollouts=drawn.extend)
+    run = SimpleNamespace(args=args, progress=Progress(), count_rollouts=drawn.extend)
     models = {"sampled": model, "trained": model, "tokenizer": tokenizer, "backend": "torch"}
     inputs = {"task": task, "dataset": rollouts, "eval_prompts": []}
-    with Sampler(args=args, run=run, **models, **inputs) as sampler:
-        steps = [sampler.draw(1, (0, step)) for step in range(1, 6)]
+    sampler = Sampler(run, **models, **inputs)
+    steps = [sampler.draw(1, (0, step)) for step in range(1, 6)]
     assert [len(step) for step in steps] == [4] * 5
     assert len({rollout.key for rollout in drawn}) == len(rollouts)
     expected = sorted(rollout.completion_ids for rollout in rollouts)
@@ -51,10 +51,10 @@ def test_evaluations_come_every_few_steps_and_after_the_last(
     phases = []
     sizes = {"max_new_tokens": 2, "temperature": 1.0, "num_steps": 5, "eval_every": every}
     args = SimpleNamespace(seed=0, group_size=4, dtype="float32", **sizes)
-    run = SimpleNamespace(progress=Progress(), phase=phases.append)
+    run = SimpleNamespace(args=args, progress=Progress(), phase=phases.append)
     models = {"sampled": model, "trained": model, "tokenizer": tokenizer, "backend": "torch"}
     inputs = {"task": task, "dataset": rollouts, "eval_prompts": [prompt_of("p", [5, 6])]}
-    sampler = Sampler(args=args, run=run, **models, **inputs)
+    sampler = Sampler(run, **models, **inputs)
     evaluated = [step for step in range(1, 6) if sampler.evaluate(step)]
     assert evaluated == steps
     assert phases == ["evaluate"] * len(steps)

@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from common.model.load import load_model
 from common.model.lora import (
     add_adapters,
+    init_adapters,
     layers_of,
-    set_adapters,
     trained_parameters,
     weight_names,
     whole_weights,
@@ -235,8 +235,7 @@ def test_a_folder_is_evaluated_without_a_model(tokenizer, student, tmp_path, fil
     if file:
         (tmp_path / "model" / file).unlink()
     resolve_backend(arguments(), CPU)
-    sizes = {"max_length": 320, "gpu_memory": 0.4, "tensor_parallel": 1, "enforce_eager": True}
-    engine = VLLMEngine(str(tmp_path / "model"), tokenizer, dtype="float32", **sizes)
+    engine = VLLMEngine(str(tmp_path / "model"), tokenizer, arguments())
     greedy = {"max_new_tokens": 24, "temperature": 0.0, "seed": (SEED,)}
     prompts = [prompt_ids(tokenizer, 10)]
     (theirs,) = generate(engine, prompts, 1, **greedy)
@@ -268,7 +267,7 @@ def test_adapters_reach_the_engine_as_a_sum(tokenizer, dtype):
     """Both proofs hold after each sync, and compare with W + (alpha / R) B A; W stays."""
     policy = load_model("toy/student", dtype, CPU)
     add_adapters(policy, 4)
-    set_adapters(policy, 0)
+    init_adapters(policy, 0)
     before = {name: policy.get_parameter(name).clone() for name in weight_names(policy)}
     engine = engine_of(policy, tokenizer, dtype=dtype)
     optimizer = torch.optim.AdamW(trained_parameters(policy), lr=1e-2)

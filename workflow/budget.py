@@ -7,10 +7,9 @@ At most: every completion counts as --max_new_tokens long, every prompt as --max
 
 from functools import cache
 
-from common.model.flops import forward_flops
-from common.model.lora import add_adapters
+from common.model.flops import forward_flops, update_flops
 from common.run.errors import UserError, check
-from workflow.memory import empty_model
+from workflow.memory import model_of
 from workflow.stages import Stage
 
 
@@ -31,23 +30,19 @@ def most_flops(stage: Stage) -> tuple[float, float]:
     once = forward_flops(_model(stage.base_model(sampled)), sequence, args.group_size)
     sampling = most_tokens(stage)[0] * once
     model = _model(stage.base_model(trained), args.lora_rank)
-    forward = forward_flops(model, sequence)
-    update = args.num_epochs * (3 * forward - forward_flops(model, sequence, trained=False))
+    update = args.num_epochs * update_flops(model, sequence)
     if not stage.is_grpo:
         update += args.num_epochs * forward_flops(_model(stage.base_model(args.teacher)), sequence)
     else:  # GRPO scores its reference, and before several updates itself
         scored = (args.kl_coef > 0) + (args.num_epochs * args.num_minibatches > 1)
-        update += scored * forward
+        update += scored * forward_flops(model, sequence)
     return sampling, args.num_steps * args.prompts_per_step * args.group_size * update
 
 
 @cache
 def _model(name: str, lora_rank: int = 0):
-    model = empty_model(name)
+    model = model_of(name, lora_rank)
     check(model is not None, f"no config.json of {name} that can be read")
-    model.requires_grad_(lora_rank == 0)
-    if lora_rank:
-        add_adapters(model, lora_rank)
     return model
 
 

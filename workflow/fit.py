@@ -7,7 +7,6 @@ names: the flag, and what the stage would need with it. Sizes are in bytes.
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -153,42 +152,39 @@ def _names_share(stage: Stage) -> bool:
 def remedies(stage: Stage, machine: Machine, args) -> list[str]:
     """Name the flags each of which would make a stage fit, with what it would need then; if none
     does alone, those that do beside LoRA."""
-    if not (found := list(_single_remedies(stage, machine, args))) and stage.kind != "evaluate":
-        lora = _lora_flag(stage)
-        with_lora = replace(args, lora_rank=LORA_RANK)
-        found = [f"{lora} {more}" for more in _single_remedies(stage, machine, with_lora)]
-    return found
+    named = _remedies(stage, machine, args)
+    if named or stage.kind == "evaluate":
+        return named
+    with_lora = _remedies(stage, machine, replace(args, lora_rank=LORA_RANK))
+    return [f"--{stage.role}_lora_rank {LORA_RANK} {words}" for words in with_lora]
 
 
-def _lora_flag(stage: Stage) -> str:
-    return f"--{stage.role}_lora_rank {LORA_RANK}"
-
-
-def _single_remedies(stage: Stage, machine: Machine, args) -> Iterator[str]:
+def _remedies(stage: Stage, machine: Machine, args) -> list[str]:
     whole = args.max_prompt_tokens + args.max_new_tokens
-    shorter = [args.max_new_tokens // 2**i for i in range(1, 5)]
-    counts = [n for n in (2, 4, 8, 16, 32) if n > machine.ranks]
-    shared = [n for n in (2, 4, 8) if n > args.tensor_parallel and machine.ranks % n == 0]
-    tried = {f"--tensor_parallel {n}": replace(args, tensor_parallel=n) for n in shared}
-    tried |= {f"--max_new_tokens {n}": replace(args, max_new_tokens=n) for n in shorter}
+    trials = []  # (flag, its value, the Args with it, the machine)
+    for n in (2, 4, 8):
+        if n > args.tensor_parallel and machine.ranks % n == 0:
+            trials.append(("--tensor_parallel", n, replace(args, tensor_parallel=n), machine))
+    for n in (args.max_new_tokens // 2**i for i in range(1, 5)):
+        trials.append(("--max_new_tokens", n, replace(args, max_new_tokens=n), machine))
     if stage.kind != "evaluate":
-        tried[_lora_flag(stage)] = replace(args, lora_rank=LORA_RANK)
-        tried[f"--{stage.role}_cpu_offload"] = replace(args, cpu_offload=True)
-        smallest = min(whole, args.micro_batch_tokens)
-        tried[f"--micro_batch_tokens {smallest}"] = replace(args, micro_batch_tokens=smallest)
-        tried |= {f"--nproc_per_node {n}": n for n in counts}
-    named = set()
-    for words, change in tried.items():
-        there, with_flag = machine, change
-        if isinstance(change, int):
-            all_ranks = machine.all_ranks // machine.ranks * change
-            there, with_flag = replace(machine, ranks=change, all_ranks=all_ranks), args
-        flag = words.split()[0]
-        if flag not in named and not (need := need_of(stage, there, with_flag)).problem(there):
-            named.add(flag)  # the first of its values is enough
+        role, n = stage.role, min(whole, args.micro_batch_tokens)
+        lora, offload = replace(args, lora_rank=LORA_RANK), replace(args, cpu_offload=True)
+        trials.append((f"--{role}_lora_rank", LORA_RANK, lora, machine))
+        trials.append((f"--{role}_cpu_offload", "", offload, machine))
+        trials.append(("--micro_batch_tokens", n, replace(args, micro_batch_tokens=n), machine))
+    for n in (2, 4, 8, 16, 32):
+        if n > machine.ranks and stage.kind != "evaluate":
+            more = replace(machine, ranks=n, all_ranks=machine.all_ranks // machine.ranks * n)
+            trials.append(("--nproc_per_node", n, args, more))
+    named: dict[str, str] = {}  # a flag's first value that is enough
+    for flag, value, with_flag, there in trials:
+        need = need_of(stage, there, with_flag)
+        if flag not in named and need.problem(there) is None:
             sizes = [_gb(need.update)] * (need.update > 0) + [f"vLLM {_gb(need.engine)}"]
             sizes += [f"host {_gb(need.host)}"] * (need.host > 0)
-            yield f"{words} ({', '.join(sizes)})"
+            named[flag] = " ".join([flag, str(value)]).strip() + f" ({', '.join(sizes)})"
+    return list(named.values())
 
 
 # === the table ===
@@ -202,7 +198,7 @@ def check_fit(args, machine: Machine, stages: list[Stage]) -> tuple[list, list, 
     cells (FIT_HEADER) for each training stage, and the memory tables behind them."""
     problems, rows, details, disk = [], [], [], 0.0
     for stage in (stage for stage in stages if not stage.manifest.exists()):
-        model = stage.base_model(stage.wiring["model"])
+        model = stage.base_model(stage.fixed_flags["model"])
         try:
             need = need_of(stage, machine, stage.args())
         except UserError as error:  # there is no plan of a model

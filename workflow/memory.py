@@ -22,6 +22,8 @@ import transformers
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
+from common.model.flops import head_size
+from common.model.load import empty_model
 from common.run.inputs import model_path
 from common.sampling.vllm_engine import MAX_NUM_SEQS, batched_tokens
 
@@ -81,22 +83,19 @@ def shape_of(name: str) -> Shape | None:
     """Return the shape of a model by its config.json, here or in the hub's cache, or by its name;
     else None."""
     try:
-        model = empty_model(name)
+        model = model_of(name)
         return model and shape_of_model(model)
     except AttributeError:  # of an architecture with other names
         return None
 
 
-def empty_model(name: str):
+def model_of(name: str, lora_rank: int = 0):
     """Return a model without memory for its weights; None if its config cannot be read."""
     try:
         config = config_of(name)
     except (OSError, ValueError, AttributeError):  # damaged, or of an unknown architecture
         return None
-    if config is None:
-        return None
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config)
+    return config and empty_model(config, torch.float32, lora_rank)
 
 
 def config_of(name: str):
@@ -113,9 +112,8 @@ def config_of(name: str):
 
 def shape_of_model(model) -> Shape:
     config, layer = model.config, model.get_decoder().layers[0]
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv = config.num_key_value_heads * head_size
+    width = head_size(config)
+    kv = config.num_key_value_heads * width
     return Shape(
         params=sum(p.numel() for p in model.parameters()),
         layer=sum(p.numel() for p in layer.parameters()),
@@ -124,7 +122,7 @@ def shape_of_model(model) -> Shape:
         hidden=config.hidden_size,
         vocab=config.vocab_size,
         inner=config.intermediate_size,
-        qk=heads * head_size + kv,
+        qk=config.num_attention_heads * width + kv,
         kv=2 * kv,
         kv_heads=config.num_key_value_heads,
         qk_norm=any("q_norm" in name for name, _ in layer.named_modules()),

@@ -62,7 +62,7 @@ class Child:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log_file = open(self.log, "ab")  # noqa: SIM115
         self.log_start = self.log_file.tell()
-        words, launcher = [str(ROOT / stage.script), *stage.words], [sys.executable]
+        words, launcher = [str(ROOT / stage.script), *stage.argv], [sys.executable]
         self.output, writer = multiprocessing.Pipe(duplex=False)
         with writer:
             if forks:

@@ -30,16 +30,16 @@ def cost_of(evaluation: Evaluation) -> dict[str, float]:
     """Return what the training stages behind an evaluated model have used."""
     stages = evaluation.stage.lineage()
     done = {stage.name: stage.result() for stage in stages}
-    paid = {s.name for s in stages if s.script == "grpo.py" or s.wiring.get("correct_only")}
+    paid = {s.name for s in stages if s.script == "grpo.py" or s.fixed_flags.get("correct_only")}
     labels: dict[str, int] = {}  # a split -> distinct problems: a seed draws one order of a split
     for stage in stages:
         if stage.name in paid:
             config = json.loads((stage.folder / "config.json").read_text())
             count = min(done[stage.name]["cursor"], config["num_problems"])
-            split = stage.wiring["split"]
+            split = stage.fixed_flags["split"]
             labels[split] = max(count, labels.get(split, 0))
     student_steps, stage = 0, evaluation.stage
-    while (stage := stage.trained_by(stage.wiring["model"])) is not None:
+    while (stage := stage.trained_by(stage.fixed_flags["model"])) is not None:
         student_steps += done[stage.name]["step"]
 
     def total(key: str, names) -> float:

@@ -162,20 +162,20 @@ class Workflow:
     stages: dict[Path, Stage] = field(default_factory=dict)
     evaluations: list[Evaluation] = field(default_factory=list)
 
-    def add(self, folder: Path, kind: str, models: dict, wiring: dict, **more) -> Stage:
+    def add(self, folder: Path, kind: str, models: dict, fixed_flags: dict, **more) -> Stage:
         """Add a stage with the settings of its kind. models: a flag -> a name, or the stage whose
         final model it is."""
         args = self.args
         needs = [model for model in models.values() if isinstance(model, Stage)]
         names = {f: m.final if isinstance(m, Stage) else m for f, m in models.items()}
         script, flags = KINDS[kind]
-        wiring = names | flags | wiring
-        wiring |= {"device": args.device, "backend": args.backend, "output_dir": str(folder)}
+        fixed_flags = names | flags | fixed_flags
+        fixed_flags |= {"device": args.device, "backend": args.backend, "output_dir": str(folder)}
         settings = self.preset[kind] | more.pop("settings", {})
-        taken = ", ".join(wiring.keys() & settings.keys())
+        taken = ", ".join(fixed_flags.keys() & settings.keys())
         check(not taken, f"a preset cannot set {taken} of {kind}: the workflow does")
         more |= {"launcher": self.machine.launcher}
-        stage = Stage(folder.name, kind, script, folder, wiring, settings, needs, **more)
+        stage = Stage(folder.name, kind, script, folder, fixed_flags, settings, needs, **more)
         stage = replace(stage, settings=settings | vllm_share(stage, self.machine))
         self.stages[folder] = stage
         return stage
@@ -193,14 +193,14 @@ class Workflow:
             flag: bases[source] if source in bases else self.train(source, seed)
             for flag, source in sources.items()
         }
-        wiring = {"dataset": args.dataset, "split": recipe.split}
-        wiring |= {"decontaminate": args.decontaminate}
-        wiring |= {"eval_dataset": args.benchmarks[0], "seed": seed}
+        fixed_flags = {"dataset": args.dataset, "split": recipe.split}
+        fixed_flags |= {"decontaminate": args.decontaminate}
+        fixed_flags |= {"eval_dataset": args.benchmarks[0], "seed": seed}
         more = {"settings": num_steps_of(name, self.preset)}
         if recipe.budget_flag:
             more["budget_flag"] = recipe.budget_flag
             more["budget_of"] = self.train(ROUTES["full"].last, seed).lineage()
-        stage = self.add(folder, recipe.kind, models, wiring, **more)
+        stage = self.add(folder, recipe.kind, models, fixed_flags, **more)
         for row in ROWS:
             if row.endswith(f"/{name}"):
                 self.evaluate(row, seed, stage)
@@ -209,9 +209,9 @@ class Workflow:
     def evaluate(self, row: str, seed: int | None, model: Stage | str) -> None:
         """Add a row of the report. model: its name, or the stage whose final model it is."""
         root = Path(self.args.output_dir) / ("base" if seed is None else f"seed_{seed}")
-        wiring = {"benchmarks": self.args.benchmarks, "seed": seed or 0}
+        fixed_flags = {"benchmarks": self.args.benchmarks, "seed": seed or 0}
         folder = root / f"eval_{row.partition('/')[2]}"
-        stage = self.add(folder, "evaluate", {"model": model}, wiring)
+        stage = self.add(folder, "evaluate", {"model": model}, fixed_flags)
         self.evaluations.append(Evaluation(row, seed, stage))
 
 

@@ -22,7 +22,7 @@ class Stage:
     kind: str  # of the preset
     script: str
     folder: Path
-    wiring: dict[str, object]  # flags that follow from the route
+    fixed_flags: dict[str, object]  # flags that follow from the route
     settings: dict[str, Setting]  # flags that someone chose
     needs: list["Stage"] = field(default_factory=list)
     budget_flag: str | None = None  # --stop_at_tokens or --stop_at_flops,
@@ -31,13 +31,14 @@ class Stage:
 
     @property
     def flags(self) -> dict[str, object]:
-        flags = self.wiring | {name: setting.value for name, setting in self.settings.items()}
+        flags = self.fixed_flags | {name: setting.value for name, setting in self.settings.items()}
         if self.budget_flag:
             flags[self.budget_flag] = self.budget()
         return flags
 
     def budget(self) -> float | str:
-        """Return what the stages that it must match have used; before they are finished, words."""
+        """Return what the stages that it must match have used; before they are finished, their
+        names."""
         quantity = self.budget_flag.removeprefix("stop_at_")
         if not all(stage.manifest.exists() for stage in self.budget_of):
             return f"<{quantity} of {', '.join(stage.name for stage in self.budget_of)}>"
@@ -79,13 +80,13 @@ class Stage:
         return script_args(self.kind)(**self.flags)
 
     @property
-    def words(self) -> list[str]:
+    def argv(self) -> list[str]:
         """Return its flags, as they stand on the command line."""
         return [word for name, value in self.flags.items() for word in as_words(name, value)]
 
     @property
     def command(self) -> str:
-        return shlex.join([*self.launcher, self.script, *self.words])
+        return shlex.join([*self.launcher, self.script, *self.argv])
 
     @property
     def manifest(self) -> Path:
@@ -102,7 +103,7 @@ class Stage:
     def base_model(self, model: str) -> str:
         """Return the base model that the checkpoint `model` comes from, whose shape it has."""
         stage = self.trained_by(model)
-        return model if stage is None else stage.base_model(stage.wiring["model"])
+        return model if stage is None else stage.base_model(stage.fixed_flags["model"])
 
     def lineage(self) -> list["Stage"]:
         """Return every training stage that its model comes from, itself included, the first one

@@ -13,24 +13,19 @@ _spent = {"policy": 0.0, "teacher": 0.0}
 
 
 def take(role: str) -> float:
-    """Return what was spent on the policy or the teacher since the last call, and start anew."""
+    """Return what was spent on the policy or the teacher since the last call, and reset it."""
     spent, _spent[role] = _spent[role], 0.0
     return spent
 
 
 def count_forward(model, mask: torch.Tensor, backward: bool = False) -> None:
     """Count a forward pass over right-padded sequences, where mask [B, T] is set at positions that
-    predict a loss token: the last ones of each sequence. A backward counts as two more, one for the
-    gradients of what goes in, and one for those of weights, if they are trained."""
+    predict a loss token: the last ones of each sequence."""
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     ends = (mask * positions).amax(1).tolist()  # the last token of a completion predicts nothing
     completions = mask.sum(1).tolist()
     lengths = [(end - n + 1, n) for end, n in zip(ends, completions, strict=True) if n > 0]
-    flops = forward_flops(model, lengths)
-    if backward:
-        frozen = forward_flops(model, lengths, trained=False)
-        flops += 2 * flops - frozen
-    _spent[role_of(model)] += flops
+    _spent[role_of(model)] += (update_flops if backward else forward_flops)(model, lengths)
 
 
 def count_sampling(model, rollouts: Sequence, group_size: int) -> None:
@@ -43,23 +38,29 @@ def role_of(model) -> str:
     return getattr(model, "flops_role", "policy")
 
 
+def update_flops(model, lengths: Iterable[tuple[int, int]]) -> float:
+    """Return the FLOPs of a forward pass and its backward, which counts as two more: one for the
+    gradients of what goes in, and one for those of weights, if they are trained."""
+    frozen = forward_flops(model, lengths, frozen_only=True)
+    return 3 * forward_flops(model, lengths) - frozen
+
+
 def forward_flops(
-    model, lengths: Iterable[tuple[int, int]], shared: int = 1, trained: bool | None = None
+    model, lengths: Iterable[tuple[int, int]], shared: int = 1, frozen_only: bool = False
 ) -> float:
     """Return the FLOPs of a dense model over sequences of so many prompt and completion tokens.
 
     The head counts at the tokens that predict a completion token, attention at pairs of a query and
-    a key that it may see. `shared`: so many completions have their prompt computed once. trained:
-    only products with weights that are trained, or frozen; without attention.
+    a key that it may see. shared: so many completions have their prompt computed once. frozen_only:
+    products with frozen weights, without attention.
     """
     config, head = model.config, model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
     counted = {p for m in linear for p in m.parameters() if p.dim() == 2}
-    counted = {p for p in counted if trained is None or p.requires_grad == trained}
+    counted = {p for p in counted if not (frozen_only and p.requires_grad)}
     body = sum(p.numel() for p in counted if p is not head.weight)
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    pair = 4 * config.num_hidden_layers * heads * head_size if trained is None else 0
+    width = config.num_attention_heads * head_size(config)
+    pair = 0 if frozen_only else 4 * config.num_hidden_layers * width
     flops = 0.0
     for prompt, completion in lengths:
         length = prompt + completion - 1
@@ -68,3 +69,8 @@ def forward_flops(
         flops += 2 * head.weight.numel() * completion * (head.weight in counted)
         flops += pair * (prompt_pairs / shared + all_pairs - prompt_pairs)
     return flops
+
+
+def head_size(config) -> int:
+    """Return the width of an attention head, which not every config names."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -24,7 +24,7 @@ def hidden_states(model, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.T
     would make [B, T, V] logits, hands the hidden states through.
     """
     head = model.get_output_embeddings()
-    head.forward = torch.clone
+    head.forward = torch.clone  # the identity
     try:
         hidden = model(input_ids=input_ids, use_cache=False).logits
     finally:
@@ -60,12 +60,12 @@ def head_logprobs(
 
 
 def chunked_backward(
-    model, input_ids: torch.Tensor, mask: torch.Tensor, loss_fn: Loss, **how
+    model, input_ids: torch.Tensor, mask: torch.Tensor, loss_fn: Loss, **options
 ) -> dict[str, float]:
     """Do what `(loss_fn(model(input_ids).logits[mask], ...)[0] / denominator).backward()` does, in
     chunks of the head. Shapes: hidden_states'; the other arguments: head_backward's."""
     flops.count_forward(model, mask, backward=True)
-    return head_backward(hidden_states(model, input_ids, mask), model, loss_fn, **how)
+    return head_backward(hidden_states(model, input_ids, mask), model, loss_fn, **options)
 
 
 def head_backward(

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from torch.utils.checkpoint import checkpoint
 
 from common.model.head import head_weight, hidden_states
-from common.model.lora import BaseOf, add_adapters, set_adapters
+from common.model.lora import AdaptersOff, add_adapters, init_adapters
 from common.model.shard import DTYPES, device_of, make_buffers, read_shards, shard
 from common.run.errors import UserError, check, one_line
 from common.run.inputs import model_path
@@ -52,7 +52,7 @@ def check_shapes(*names: str, length: int, lora_rank: int = 0) -> None:
     """Refuse prompts and completions of more tokens together than a model has positions for, which
     would give nonsense and no error, and adapters wider than a layer of the first model."""
     if lora_rank:
-        _empty_model(names[0], torch.float32, lora_rank)
+        empty_model(load_pretrained("AutoConfig", names[0]), torch.float32, lora_rank)
     for name in names:
         config = load_pretrained("AutoConfig", name).get_text_config()
         check(
@@ -62,16 +62,25 @@ def check_shapes(*names: str, length: int, lora_rank: int = 0) -> None:
         )
 
 
-def _empty_model(name: str, dtype: torch.dtype, lora_rank: int):
-    """Make a model without memory for its weights."""
+def empty_model(config, dtype: torch.dtype, lora_rank: int = 0):
+    """Make a model, or one with adapters, without memory for its weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        config = load_pretrained("AutoConfig", name)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if lora_rank:
             add_adapters(model, lora_rank)
     return model
+
+
+def generation_config_of(name: str, config):
+    """Return the GenerationConfig of a model's folder; not every folder has one."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(model_path(name))
+    except OSError:
+        return GenerationConfig.from_model_config(config)
 
 
 def load_model(name: str, dtype: str, device: torch.device, trainable: bool = False):
@@ -102,7 +111,7 @@ def load_for_training(
         model = load_model(name, args.dtype, device, trainable and not lora_rank)
         if lora_rank:
             add_adapters(model, lora_rank)
-            set_adapters(model, args.seed)
+            init_adapters(model, args.seed)
         _recompute_activations(model, args)
     model.flops_role = flops_role
     return model
@@ -110,19 +119,14 @@ def load_for_training(
 
 def load_reference(model, args, device: torch.device):
     """Return the frozen policy that a run begins from: a copy, or `model` with its adapters off."""
-    return BaseOf(model) if args.lora_rank else load_for_training(args.model, args, device)
+    return AdaptersOff(model) if args.lora_rank else load_for_training(args.model, args, device)
 
 
 def _load_sharded(name: str, args, device: torch.device, trainable: bool, lora_rank: int):
-    from transformers import GenerationConfig
-
     dtype = torch.float32 if trainable and not lora_rank else DTYPES[args.dtype]
-    model = _empty_model(name, dtype, lora_rank)
+    model = empty_model(load_pretrained("AutoConfig", name), dtype, lora_rank)
     model.name_or_path = model_path(name)
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(model_path(name))
-    except OSError:  # not every folder has one
-        model.generation_config = GenerationConfig.from_model_config(model.config)
+    model.generation_config = generation_config_of(name, model.config)
     _make_savable(model)
     if not lora_rank:
         model.requires_grad_(trainable)
@@ -132,7 +136,7 @@ def _load_sharded(name: str, args, device: torch.device, trainable: bool, lora_r
     model.to_empty(device="cpu" if args.cpu_offload else device)
     read_shards(model, find(name))
     if lora_rank:
-        set_adapters(model, args.seed)
+        init_adapters(model, args.seed)
     make_buffers(model, device)
     _check_head(model, name)
     return model

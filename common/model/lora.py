@@ -52,7 +52,7 @@ def layers_of(model) -> dict[str, LoRALinear]:
 
 def add_adapters(model, rank: int) -> None:
     """Freeze the model, and give every linear layer of its decoder adapters (never the head). They
-    hold nothing yet: set_adapters."""
+    are not initialised: init_adapters does that."""
     model.requires_grad_(False)
     decoder = model.get_decoder()
     found = {name: m for name, m in decoder.named_modules() if isinstance(m, nn.Linear)}
@@ -64,9 +64,9 @@ def add_adapters(model, rank: int) -> None:
 
 
 @torch.no_grad()
-def set_adapters(model, seed: int) -> None:
-    """Fill the adapters: A uniform in +-1/sqrt(in), as peft does, B with 0. They are the same at
-    any number of ranks."""
+def init_adapters(model, seed: int) -> None:
+    """Initialise the adapters: A uniform in +-1/sqrt(in), as peft does, B with 0. They are the same
+    at any number of ranks."""
     for name, layer in layers_of(model).items():
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         values = torch.rand(layer.lora_A.shape, generator=generator)
@@ -78,7 +78,7 @@ def trained_parameters(model) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-class BaseOf:
+class AdaptersOff:
     """A model with its adapters off: the policy that this run began from, without a copy of it."""
 
     def __init__(self, model):

@@ -10,7 +10,7 @@ from common.run.errors import UserError, check, one_line
 from common.run.inputs import model_path
 
 DATE = "26 Jul 2024"  # Llama 3's template writes today's: prompts would change from day to day
-ASKED = [{"role": "user", "content": "1+1"}]
+SAMPLE_CHAT = [{"role": "user", "content": "1+1"}]
 
 
 def load_tokenizer(name: str, teacher: str | None = None, chat_template: str | None = None):
@@ -24,7 +24,7 @@ def load_tokenizer(name: str, teacher: str | None = None, chat_template: str | N
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
         try:
-            prompt_text(tokenizer, ASKED)
+            prompt_text(tokenizer, SAMPLE_CHAT)
         except Exception as error:  # what a template raises is its own affair
             reason = one_line(error)
             message = f"--chat_template {chat_template} cannot be used: {reason}"
@@ -48,7 +48,7 @@ def load_tokenizer(name: str, teacher: str | None = None, chat_template: str | N
             f"teacher {teacher} and student {name} have different vocabularies ({differing} tokens "
             "differ); choose two models of one family",
         )
-        same = prompt_text(teachers, ASKED) == prompt_text(tokenizer, ASKED)
+        same = prompt_text(teachers, SAMPLE_CHAT) == prompt_text(tokenizer, SAMPLE_CHAT)
         if teachers.chat_template and not same:
             print(f"{name} and {teacher} have different chat templates: prompts are {name}'s")
     return tokenizer
@@ -86,7 +86,7 @@ def end_ids(tokenizer, *models) -> list[int]:
     an answer, and those of the models' configs. A base model has another EOS than its instruct
     siblings."""
     ids = {tokenizer.eos_token_id}
-    turn = [*ASKED, {"role": "assistant", "content": "2"}]
+    turn = [*SAMPLE_CHAT, {"role": "assistant", "content": "2"}]
     text = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("2")[2]
     behind = tokenizer(text, add_special_tokens=False)["input_ids"][:1]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -98,8 +98,8 @@ def end_ids(tokenizer, *models) -> list[int]:
 
 
 def share_end_ids(tokenizer, *models) -> None:
-    """Let what ends a turn of one model end those of all of them: a student that learns to write
-    its teacher's EOS would else never stop. Goes into what is saved of them."""
+    """Give every model the end-of-turn ids of all of them, in what is saved too: a student that
+    learns to write its teacher's EOS would never stop otherwise."""
     ids = end_ids(tokenizer, *models)
     for model in models:
         model.generation_config.eos_token_id = ids

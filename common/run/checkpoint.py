@@ -99,7 +99,7 @@ def find_damage(folder: Path) -> str | None:
 
 # === tensors ===
 
-# Of a single process it says that it saves as one, which is what no_dist asks for.
+# A single process gets this warning, because it saves with no_dist.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 

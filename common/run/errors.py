@@ -6,7 +6,7 @@ class UserError(Exception):
 
 
 class RunFailure(Exception):
-    """The end of a run that had begun well. Exit code 1: the same command goes on."""
+    """A run that failed after a valid start. Exit code 1: the same command resumes it."""
 
 
 def check(condition: bool, message: str) -> None:

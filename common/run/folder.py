@@ -79,7 +79,7 @@ def lock_folder(folder: Path) -> io.TextIOBase:
 
 
 def environment() -> dict[str, str]:
-    """Return what a result depends on beside its Args."""
+    """Return what a result depends on besides its Args."""
     names = ("torch", "transformers", "tokenizers", "datasets", "math-verify")
     versions = {name: version(name) for name in names}
     commit = ""

@@ -57,7 +57,7 @@ def start(main: Callable, args_type: type, description: str) -> None:
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a flag may be: finite ones above 0, and 0 too where it means "off"."""
+    """The numbers that a flag accepts: finite and positive ones, and 0 if `zero_allowed`."""
 
     zero_allowed: bool
 
@@ -66,7 +66,7 @@ POSITIVE, NOT_NEGATIVE = Range(zero_allowed=False), Range(zero_allowed=True)
 # Of a flag that says how a run is watched or where it fits, not what it computes: it may differ
 # when the run is resumed.
 MAY_CHANGE = "may change"
-# Of a flag that names a model, or a dataset or other file: a run is of their contents.
+# Of a flag that names a model, or a dataset or other file: its contents are hashed into the config.
 MODEL, DATA = "names a model", "names data"
 
 

@@ -113,7 +113,7 @@ class Run:
         return False, checkpoint.newest_checkpoint(self.folder / "checkpoints")
 
     def restore(self, model, optimizer) -> None:
-        """Take charge of what is trained; if the run is resumed, load it from the checkpoint."""
+        """Register model and optimizer; if the run is resumed, load both from the checkpoint."""
         self.model, self.optimizer = model, optimizer
         # In a fresh run too: moments that are first made among activations pin the memory there.
         checkpoint.prepare_state(optimizer)

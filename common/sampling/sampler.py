@@ -19,29 +19,26 @@ Engine = TorchEngine | VLLMEngine
 class Sampler:
     """Draws a training run's rollouts and evaluates its model.
 
-    args: the trainer's. backend: "torch" or "vllm". sampled: the model that samples: the trained
-    one, a teacher, or the initial student. trained: the model that is evaluated, and whose weights
-    `sync` brings to vLLM after an update. dataset: a list of Prompt, or of Rollout (--rollouts),
-    which are drawn as they are. eval_prompts: a list of Prompt, empty without --eval_every.
+    backend: "torch" or "vllm". dataset: a list of Prompt, or of Rollout (--rollouts), which are
+    drawn as they are. eval_prompts: a list of Prompt, empty without --eval_every. sampled: the
+    model that samples: the trained one, a teacher, or the initial student. trained: the model that
+    is evaluated, and whose weights `sync` brings to vLLM after an update.
     """
 
-    def __init__(
-        self, *, args, run, task, tokenizer, backend, sampled, trained, dataset, eval_prompts
-    ):
-        self.args, self.run, self.task, self.eval_prompts = args, run, task, eval_prompts
-        self.stream, self.samples = Stream(dataset, args.seed), not isinstance(dataset[0], Rollout)
+    def __init__(self, run, task, tokenizer, backend, dataset, eval_prompts, *, sampled, trained):
+        self.args, self.run, self.task, self.eval_prompts = run.args, run, task, eval_prompts
+        self.stream = Stream(dataset, run.args.seed)
+        self.samples = not isinstance(dataset[0], Rollout)
         self.drawn: list[Rollout] = []  # in this step
-        self.engine = self.eval_engine = TorchEngine(trained, tokenizer, DTYPES[args.dtype])
-        if self.samples:
-            self.engine = make_engine(backend, sampled, tokenizer, dataset, args)
-        if sampled is trained:  # else evaluation has no vLLM: there is no memory for a second one
-            self.eval_engine = self.engine
-
-    def __enter__(self) -> "Sampler":
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self.task.pool.close()
+        # One vLLM is all that there is memory for: where another model samples, or none does, the
+        # trained one is evaluated by transformers.
+        trained_samples = self.samples and sampled is trained
+        self.eval_engine = make_engine(
+            backend if trained_samples else "torch", trained, tokenizer, dataset, run.args
+        )
+        self.engine = self.eval_engine
+        if self.samples and not trained_samples:
+            self.engine = make_engine(backend, sampled, tokenizer, dataset, run.args)
 
     def draw(self, num_prompts: int, seed: Sequence[int]) -> list[Rollout]:
         """Return this rank's share of the graded rollouts of the next prompts, --group_size of
@@ -117,17 +114,8 @@ def make_engine(backend: str, model, tokenizer, prompts: list[Prompt], args) -> 
     """Return an engine that samples from `model`; the first prompts become vLLM's canary."""
     if backend == "torch":
         return TorchEngine(model, tokenizer, DTYPES[args.dtype])
-    return VLLMEngine(
-        model.name_or_path,
-        tokenizer,
-        model=model,
-        canary=[prompt.ids for prompt in prompts[:4]],
-        dtype=args.dtype,
-        max_length=args.max_prompt_tokens + args.max_new_tokens,
-        gpu_memory=args.vllm_gpu_memory,
-        enforce_eager=args.enforce_eager,
-        tensor_parallel=args.tensor_parallel,
-    )
+    canary = [prompt.ids for prompt in prompts[:4]]
+    return VLLMEngine(model.name_or_path, tokenizer, args, model, canary)
 
 
 def sample_and_verify(

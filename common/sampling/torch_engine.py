@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from common.model.flops import head_size
 from common.model.logprob import likeliest, row_slices
 from common.model.shard import device_of, gathered
 from common.model.tokenizer import end_ids
@@ -41,7 +42,8 @@ def draw(
 
 
 def _invert(cdf: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Return the words [B] whose steps of a CDF [B, V], of any positive total, uniforms [B] hit."""
+    """Return the token ids [B] at which an unnormalised CDF [B, V] passes uniforms [B] times its
+    total."""
     # Rounding must not lift a target to the last value: behind it are tokens of probability 0.
     last = cdf[:, -1:]
     target = (uniforms[:, None] * last).minimum(torch.nextafter(last, torch.zeros_like(last)))
@@ -75,9 +77,8 @@ def rows_that_fit(config, length: int, itemsize: int, free: int) -> int:
     caches, of numbers of `itemsize` bytes, grow by half, and of their float32 logits [V] some four
     copies exist at a time."""
     config = config.get_text_config()
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size * itemsize
+    width = config.num_key_value_heads * head_size(config)
+    cache = 2 * config.num_hidden_layers * width * itemsize
     return max(1, int(free / 2 / (1.5 * length * cache + 16 * config.vocab_size)))
 
 
@@ -178,7 +179,7 @@ class TorchEngine:
 
     def _forward(self, ids, padding, cache) -> torch.Tensor:
         """Return the logits [B, V] of the last of the columns ids [B, T], which the cache takes in.
-        padding: None, or [B, 1], how many of a row's first columns are none of its prompt's."""
+        padding: None, or [B, 1], how many columns of padding each row begins with."""
         where = {"past_key_values": cache}
         if padding is not None:
             first = cache.get_seq_length()

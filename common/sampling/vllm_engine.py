@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from common.model.load import generation_config_of, load_pretrained
 from common.model.lora import whole_weights
 from common.model.shard import DTYPES, device_of
 from common.model.tokenizer import end_ids
@@ -70,47 +71,36 @@ class VLLMEngine:
 
     vLLM reads the shape from `name` and starts with random weights; those of `model` come through
     `sync`, which proves that they came. On a GPU it sleeps between `sleep` and `sync`, and the
-    update has its memory. canary: prompts that a sync's second proof scores. max_length: tokens of
-    prompt and completion. gpu_memory: its share of the GPU's. tensor_parallel: ranks in a row that
-    share an engine. Raises UserError if vLLM cannot run the model.
+    update has its memory. args: a script's, of which it reads --dtype, --max_prompt_tokens,
+    --max_new_tokens, --vllm_gpu_memory, --enforce_eager and --tensor_parallel. canary: prompts
+    whose log-probs are compared with the model's after each sync. Raises UserError if vLLM cannot
+    run the model.
     """
 
     batch_size = 4096  # sequences in a call; vLLM schedules them itself
 
-    def __init__(
-        self,
-        name: str,
-        tokenizer,
-        *,
-        model=None,
-        canary: Sequence[list[int]] = (),
-        dtype: str,
-        max_length: int,
-        gpu_memory: float,
-        enforce_eager: bool,
-        tensor_parallel: int,
-    ):
+    def __init__(self, name: str, tokenizer, args, model=None, canary: Sequence[list[int]] = ()):
         from vllm import LLM
 
-        self.model, self.tokenizer, self.dtype = model, tokenizer, DTYPES[dtype]
+        self.model, self.tokenizer, self.dtype = model, tokenizer, DTYPES[args.dtype]
         self.canary = [ids[-256:] for ids in canary]
         self.trained = model is not None and any(p.requires_grad for p in model.parameters())
         self.can_sleep = model is not None and device_of(model).type == "cuda"
         self.asleep = False
-        self.num_ranks = tensor_parallel
-        inside_ranks = _inside_ranks(tensor_parallel) if dist.is_initialized() else {}
+        self.num_ranks = args.tensor_parallel
+        inside_ranks = _inside_ranks(self.num_ranks) if dist.is_initialized() else {}
         threads = torch.get_num_threads()
         try:
             self.llm = LLM(
                 name,
                 skip_tokenizer_init=True,  # token ids in, token ids out
                 load_format="auto" if model is None else "dummy",
-                dtype=dtype,
-                max_model_len=max_length,
+                dtype=args.dtype,
+                max_model_len=args.max_prompt_tokens + args.max_new_tokens,
                 max_num_seqs=MAX_NUM_SEQS,
-                max_num_batched_tokens=max(max_length, BATCHED_TOKENS),
-                gpu_memory_utilization=gpu_memory,
-                enforce_eager=enforce_eager,
+                max_num_batched_tokens=batched_tokens(args),
+                gpu_memory_utilization=args.vllm_gpu_memory,
+                enforce_eager=args.enforce_eager,
                 enable_sleep_mode=self.can_sleep,
                 logprobs_mode="processed_logprobs",  # after the temperature
                 generation_config="vllm",  # else the model's own top_k and penalties
@@ -233,13 +223,8 @@ class VLLMEngine:
 
 def _configs_of(name: str) -> SimpleNamespace:
     """Return a model's configs, as its attributes, without the model."""
-    from transformers import AutoConfig, GenerationConfig
-
-    try:
-        generation_config = GenerationConfig.from_pretrained(name)
-    except OSError:  # not every folder has a generation_config.json
-        generation_config = GenerationConfig()
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    config = load_pretrained("AutoConfig", name)
+    generation_config = generation_config_of(name, config)
     return SimpleNamespace(config=config, generation_config=generation_config)
 
 

@@ -10,8 +10,8 @@ GOLD = None  # the candidate of all right answers
 
 
 def majority_votes(task: Task, rollouts: list[Rollout], num_samples: int) -> list[float] | None:
-    """Return, per problem, the reward of its most frequent answer, ties broken at random; None for
-    a task that reads no answers.
+    """Return, per problem, the reward of its most frequent answer, the mean of those that tie; None
+    for a task that reads no answers.
 
     Answers are one candidate if their texts are, or if the task calls them the same (1/2 and 0.5);
     then all right ones are the gold answer, and one candidate too. An answer that could not be
