@@ -2,9 +2,9 @@
 empty body and with each of its wrong answers."""
 
 import ast
+import os
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from common.run.inputs import ROOT
+from workflow.processes import start_forked
 
 PAGE = (ROOT / "docs" / "exercises.md").read_text()
 SOURCES = ("common", "tests", "toy", "workflow", "pyproject.toml", "evaluate.py")
@@ -64,10 +65,26 @@ def copy(tmp_path) -> Path:
     return tmp_path
 
 
+def run_pytest(folder: Path, words: list[str]) -> None:
+    """In a child that has imported torch, transformers and this tree: forget this tree, and run
+    pytest on its copy."""
+    for path in (ROOT, folder, folder / "tests"):
+        own = {item.stem for item in path.iterdir()}
+        for name in [name for name in sys.modules if name.partition(".")[0] in own]:
+            del sys.modules[name]
+    sys.path[:] = [str(folder), *(p for p in sys.path if p not in (str(ROOT), str(ROOT / "tests")))]
+    os.chdir(folder)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    sys.exit(pytest.main(["-qx", "-p", "no:cacheprovider", *words]))
+
+
 def outcome(folder: Path, words: list[str]) -> int:
     """pytest's exit code: 0 all passed, 1 some failed, others if nothing was run."""
-    words = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *words]
-    return subprocess.run(words, cwd=folder, capture_output=True).returncode
+    process = start_forked(run_pytest, folder, words)
+    process.join()
+    return process.exitcode
 
 
 def answer(folder: Path, exercise: Exercise, body: str) -> int:
