@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import grade
 
+from benchmarks.check_labelled import judge
 from common.run.inputs import ROOT
 from common.tasks.math.answers import compare_cheaply, extract_answer
-from common.tasks.math.check_labelled import judge
 from common.tasks.task import Verdict
 
 
@@ -247,7 +247,7 @@ GRADED = Path(__file__).parent / "data" / "math_answers.jsonl"
 
 
 def grade_file(*flags: str) -> list:
-    command = [sys.executable, "-m", "common.tasks.math.check_labelled", str(GRADED), *flags]
+    command = [sys.executable, "-m", "benchmarks.check_labelled", str(GRADED), *flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     return json.loads(done.stdout)
 

@@ -154,10 +154,13 @@ def test_the_top_level_holds_the_five_scripts():
     assert {path.stem for path in ROOT.glob("*.py")} == set(SCRIPTS)
 
 
+# A trainer has the whole of its algorithm, and its Args.
+LONGER = {"grpo": 395, "opd": 340, "evaluate": 330, "common.tasks.math.finished": 320}
+
+
 @pytest.mark.parametrize("name", ROOMS)
-def test_a_file_is_at_most_400_lines(name):
-    """grpo.py has the whole of GRPO's variants, and its Args."""
-    assert len(ROOMS[name].read_text().splitlines()) <= (465 if name == "grpo" else 400)
+def test_a_file_is_at_most_300_lines(name):
+    assert len(ROOMS[name].read_text().splitlines()) <= LONGER.get(name, 300)
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]])

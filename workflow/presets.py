@@ -127,25 +127,10 @@ REAL: Preset = {
     },
 }
 
-# Flags of bridge.py that replace a preset's value in every stage whose script has them.
-OVERRIDES = (
-    "task",
-    "columns",
-    "chat_template",
-    "max_prompt_tokens",
-    "max_new_tokens",
-    "dtype",
-    "vllm_gpu_memory",
-    "tensor_parallel",
-    "num_steps",
-    "prompts_per_step",
-    "group_size",
-    "micro_batch_tokens",
-    "learning_rate",
-    "num_minibatches",
-    "num_samples",
-    "num_problems",
-)
+# Flags of bridge.py that the workflow gives to each stage itself. Its others replace a preset's
+# value, in every stage whose script has them.
+GIVEN = {"teacher", "output_dir", "dataset", "benchmarks", "decontaminate", "device", "backend"}
+
 
 # Teacher, or how its name begins -> the student that the paper (or the toy) pairs it with.
 STUDENTS = {
@@ -217,7 +202,7 @@ def preset_of(args) -> Preset:
     from_file = read_preset(args.preset) if args.preset else {}
     for kind, like in SET_LIKE.items():
         from_file[kind] = from_file.get(like, {}) | from_file.get(kind, {})
-    chosen = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
+    chosen = {n: v for n, v in vars(args).items() if v is not None and n not in GIVEN}
     preset: Preset = {}
     for kind, settings in built_in.items():
         known = script_args(kind).__dataclass_fields__

@@ -1,6 +1,6 @@
 """Check the verdicts of the math task against labelled answers of other projects.
 
-python -m common.tasks.math.check_labelled FILE.jsonl ...       # rows of gold, pred and expected
+python -m benchmarks.check_labelled FILE.jsonl ...       # rows of gold, pred and expected
 """
 
 import json
