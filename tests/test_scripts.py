@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from common.model.flops import forward_flops
 from common.run.inputs import ROOT
+from common.run.log import symptoms
 from common.run.process import start
 
 SMALL = ["--prompts_per_step", "4", "--group_size", "4", "--warmup_steps", "1"]
@@ -453,3 +454,44 @@ def test_another_config_leaves_the_folder_alone(trained):
     done = run("grpo", *TRAINERS["grpo"], "--output_dir", folder, "--temperature", "0.9")
     message = "temperature: 1.0 there, 0.9 here"
     check_refusal(folder, before, done.returncode, done.stderr, message)
+
+
+HEALTHY = {"rollout/truncated": 0.1, "rollout/no_answer": 0.1, "rollout/length": 20.0}
+HEALTHY |= {"rollout/accuracy": 0.5, "policy/entropy": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, []),
+        ({"rollout/truncated": 1.0, "rollout/no_answer": 1.0}, ["--max_new_tokens"]),
+        ({"rollout/no_answer": 1.0}, ["boxed"]),
+        ({"policy/entropy": 0.09}, ["--learning_rate"]),
+        ({"policy/entropy": 0.11}, []),
+        ({"policy/entropy": None}, []),
+        ({"rollout/length": 41.0}, ["longer is not better"]),
+        ({"rollout/length": 41.0, "rollout/accuracy": 0.6}, []),
+    ],
+)
+def test_what_goes_wrong_is_told(changes, said):
+    told = [" ".join(pair) for pair in symptoms(HEALTHY, HEALTHY | changes)]
+    assert len(told) == len(said)
+    assert all(word in line for word, line in zip(said, told, strict=True))
+
+
+def test_a_run_tells_it_once_with_the_flag(tmp_path):
+    flags = ["--max_new_tokens", "1", "--num_steps", "3", "--output_dir", tmp_path / "run"]
+    done = run("grpo", *SMALL, *flags)
+    assert done.returncode == 0, done.stderr
+    line = "step 1: every completion was cut off; raise --max_new_tokens"
+    assert done.stdout.count("every completion was cut off") == done.stdout.count(line) == 1
+
+
+def test_a_python_without_file_locks_is_one_line():
+    code = "import sys, runpy; sys.modules['fcntl'] = None; sys.argv = ['grpo.py']; "
+    code += f"runpy.run_path({str(ROOT / 'grpo.py')!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    message = "error: this Python has no file locks; use Linux, macOS or WSL"
+    assert done.stderr.splitlines()[-1] == message

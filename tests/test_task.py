@@ -272,6 +272,16 @@ def test_a_reply_to_an_earlier_call_is_none_to_this_one(tmp_path):
         assert len(task.pool._workers) == 1  # nobody was replaced meanwhile
 
 
+def test_as_many_workers_as_cores_share_the_calls(tmp_path, monkeypatch):
+    """Eight calls of half a second, on four cores."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    code = "import time\n" + GOOD.replace("return 1.0", "time.sleep(0.5); return 1.0")
+    with Task(write(tmp_path, code), timeout_s=5) as task:
+        verdicts = grade(task, [str(n) for n in range(8)], ["1"] * 8)
+        assert [verdict.reward for verdict in verdicts] == [1.0] * 8
+        assert len(task.pool._workers) == 4
+
+
 def test_what_an_earlier_completion_answered_is_not_this_ones_answer(tmp_path):
     code = GOOD + "import time\n"
     code += "def answer(completion): return completion if completion == 'a' else time.sleep(60)\n"

@@ -9,7 +9,6 @@ DIR/manifest.json         written last: only this says that the run is finished
 """
 
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -23,6 +22,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    print("error: this Python has no file locks; use Linux, macOS or WSL", file=sys.stderr)
+    sys.exit(2)
 
 from common.run.errors import RunFailure, UserError, check, one_line
 from common.run.inputs import ROOT, hash_of_code

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 from common.run.errors import check
@@ -16,9 +17,13 @@ class Log:
 
     def __init__(self, folder: Path, step: int, config: dict, track: bool):
         self.folder, self.path, self.wandb = folder, folder / "metrics.jsonl", None
+        self.first: dict[str, float] | None = None  # the metrics of the first step
+        self.told: set[str] = set()  # of SYMPTOMS, in this process
         if self.path.exists():
             lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-            write_jsonl(self.path, [row for row in map(json.loads, lines) if row["step"] <= step])
+            rows = [row for row in map(json.loads, lines) if row["step"] <= step]
+            write_jsonl(self.path, rows)
+            self.first = rows[0] if rows else None
         if track:
             import wandb
 
@@ -36,11 +41,33 @@ class Log:
             file.write(json.dumps({"step": step} | row) + "\n")
         for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
+        self.first = self.first or row
+        for symptom, advice in symptoms(self.first, row):
+            if symptom not in self.told:
+                print(f"\nstep {step}: {symptom}; {advice}")
+                self.told.add(symptom)
 
     def close(self) -> None:
         self.board.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def symptoms(first: dict[str, float], now: dict[str, float]) -> Iterator[tuple[str, str]]:
+    """Yield what a run that goes wrong shows, with what to do, from the metrics of its first step
+    and of this one."""
+    if now["rollout/truncated"] == 1:
+        yield "every completion was cut off", "raise --max_new_tokens"
+    elif now["rollout/no_answer"] == 1:
+        advice = "look at rollouts/, and at what --task asks for (math: \\boxed{...})"
+        yield "no completion had an answer", advice
+    entropies = [row.get("policy/entropy") for row in (first, now)]
+    if None not in entropies and entropies[1] < entropies[0] / 10:
+        yield "policy/entropy is below a tenth of its start", "lower --learning_rate"
+    longer = now["rollout/length"] > 2 * first["rollout/length"]
+    if longer and now["rollout/accuracy"] <= first["rollout/accuracy"]:
+        advice = "read rollouts/: longer is not better here"
+        yield "completions are twice as long as at the start and no more accurate", advice
 
 
 def check_track(track: bool) -> None:

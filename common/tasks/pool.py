@@ -102,18 +102,23 @@ class _Worker:
 class WorkerPool:
     """Workers for the functions of one task file.
 
-    num_workers: started when there is something to call, replaced when they die. timeout_s:
-    deadline of one call, in seconds. memory_mb: address space of a worker (Linux).
+    num_workers: started when there is something to call, replaced when they die; None: as many as
+    there are cores. timeout_s: deadline of one call, in seconds. memory_mb: address space of a
+    worker (Linux).
 
     Safe to call from any thread. Workers are gone after `close()`, and exit by themselves should
     this process be killed.
     """
 
     def __init__(
-        self, file: Path, timeout_s: float = 2.0, num_workers: int = 2, memory_mb: int = 2048
+        self,
+        file: Path,
+        timeout_s: float = 2.0,
+        num_workers: int | None = None,
+        memory_mb: int = 2048,
     ):
         self.file, self.timeout_s = file, timeout_s
-        self.num_workers, self.memory_mb = num_workers, memory_mb
+        self.num_workers, self.memory_mb = num_workers or os.cpu_count(), memory_mb
         self._workers: list[_Worker] = []
         self._tried_again: set[int] = set()  # indices of the calls of this batch
         self._has_started = False
