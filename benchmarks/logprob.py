@@ -77,7 +77,7 @@ def peak_bytes(function, device: torch.device) -> int:
     function()
     done.set()
     watcher.join()
-    return max(seen) - before
+    return max(seen, default=before) - before
 
 
 def head(args: Args, device: torch.device) -> None:
