@@ -38,9 +38,9 @@ from common.run.inputs import inputs_of, model_path
 from common.run.process import DATA, MAY_CHANGE, MODEL, NOT_NEGATIVE, POSITIVE, check_ranges, start
 from common.run.ranks import gather, join_ranks, on_first_rank, rank
 from common.sampling.rollout import Rollout, rollout_metrics
-from common.sampling.sampler import sample_and_verify
+from common.sampling.sampler import resolve_backend, sample_and_verify
 from common.sampling.torch_engine import TorchEngine
-from common.sampling.vllm_engine import VLLMEngine, resolve_backend
+from common.sampling.vllm_engine import VLLMEngine
 from common.sampling.vote import majority_votes
 from common.statistics import difference_interval, interval, pass_at
 from common.tasks import data

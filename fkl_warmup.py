@@ -45,8 +45,7 @@ from common.run.ranks import join_ranks, sum_dicts_over_ranks, sum_over_ranks
 from common.run.run import Run, check_training, mean
 from common.sampling.batches import micro_batches, minibatches
 from common.sampling.rollout import Rollout, load_rollouts
-from common.sampling.sampler import Sampler
-from common.sampling.vllm_engine import resolve_backend
+from common.sampling.sampler import Sampler, resolve_backend
 from common.tasks import data
 from common.tasks.task import Task
 

@@ -19,9 +19,8 @@ from common.model.shard import DTYPES
 from common.model.tokenizer import load_tokenizer
 from common.run.process import start
 from common.run.ranks import resolve_device
-from common.sampling.sampler import make_engine
+from common.sampling.sampler import make_engine, resolve_backend
 from common.sampling.torch_engine import TorchEngine
-from common.sampling.vllm_engine import resolve_backend
 from common.tasks import data
 from common.tasks.task import Task
 

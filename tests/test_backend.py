@@ -13,10 +13,10 @@ import grpo
 from common.model.lora import whole_weights
 from common.run.errors import RunFailure, UserError
 from common.run.process import start
+from common.sampling import sampler
 from common.sampling import vllm_engine as module
-from common.sampling.sampler import make_engine
+from common.sampling.sampler import make_engine, resolve_backend
 from common.sampling.sync_proof import WeightSyncError, same_bits, stale_parameters
-from common.sampling.vllm_engine import resolve_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -33,7 +33,7 @@ def installed(monkeypatch):
     """Pretends that vLLM of a version, or none, is there."""
 
     def pretend(version: str | None, llm=None) -> None:
-        monkeypatch.setattr(module, "find_spec", lambda name: version)
+        monkeypatch.setattr(sampler, "find_spec", lambda name: version)
         vllm = SimpleNamespace(__version__=version, LLM=llm, SamplingParams=SimpleNamespace)
         monkeypatch.setitem(sys.modules, "vllm", vllm)
 

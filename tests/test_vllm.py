@@ -32,10 +32,10 @@ from common.model.lora import (
 from common.run.errors import RunFailure, UserError
 from common.run.inputs import ROOT
 from common.sampling import vllm_engine as module
-from common.sampling.sampler import make_engine
+from common.sampling.sampler import make_engine, resolve_backend
 from common.sampling.sync_proof import CANARY_LIMIT, WeightSyncError, stale_parameters
 from common.sampling.torch_engine import TorchEngine
-from common.sampling.vllm_engine import VLLMEngine, resolve_backend
+from common.sampling.vllm_engine import VLLMEngine
 
 pytestmark = pytest.mark.vllm
 CPU = torch.device("cpu")

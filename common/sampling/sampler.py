@@ -1,11 +1,17 @@
 """The rollouts of a training step: draw prompts, sample, grade, and count the cost."""
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
 
 from common.model import flops
 from common.model.shard import DTYPES
+from common.run.errors import check
 from common.run.ranks import gather, num_ranks, rank, share_of
 from common.run.run import Progress
 from common.sampling.rollout import Rollout, rollout_metrics, verify
@@ -14,6 +20,7 @@ from common.sampling.vllm_engine import VLLMEngine
 from common.tasks.data import Prompt
 
 Engine = TorchEngine | VLLMEngine
+VLLM_VERSION = "0.32."  # vllm_engine.py makes its calls
 
 
 class Sampler:
@@ -108,6 +115,33 @@ class Stream:
             taken.append(order[index])
         progress.cursor += count
         return taken
+
+
+def resolve_backend(args, device: torch.device) -> str:
+    """Return "vllm" or "torch" for --backend; auto is vLLM on a GPU. Prepares vLLM's environment.
+
+    Raises UserError if vLLM is wanted and not installed, or of another version.
+    """
+    installed, install = find_spec("vllm") is not None, "requirements-gpu.txt"
+    backend, share = args.backend, args.vllm_gpu_memory
+    check(0 < share <= 1, f"--vllm_gpu_memory is {share}; it must be above 0 and at most 1")
+    if backend == "auto":
+        # For the toy, starting an engine takes longer than all of its sampling.
+        on_gpu = device.type == "cuda" and not args.model.startswith("toy/")
+        backend, slow = "vllm" if on_gpu and installed else "torch", on_gpu and not installed
+        install_line = f"pip install -r {install}; or insist with --backend torch"
+        check(not slow, f"vLLM is missing, and without it rollouts take days: {install_line}")
+    if backend == "vllm":
+        check(installed, f"--backend vllm, but vLLM is not installed: pip install -r {install}")
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights by reference
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        # Else attention multiplies float32 in TF32, which the canary sees (2e-3 to 4e-3).
+        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+        version = import_module("vllm").__version__
+        known = version.startswith(VLLM_VERSION)
+        check(known, f"vLLM {version} is installed, 0.32.0 is needed: pip install -r {install}")
+    print(f"rollouts: {backend}")
+    return backend
 
 
 def make_engine(backend: str, model, tokenizer, prompts: list[Prompt], args) -> Engine:

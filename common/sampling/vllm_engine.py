@@ -4,8 +4,6 @@ sync (sync_proof.py)."""
 import os
 import time
 from collections.abc import Callable, Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,38 +25,10 @@ from common.sampling.sync_proof import (
     trainer_logprobs,
 )
 
-VLLM_VERSION = "0.32."  # the calls below are its calls
 # Sequences decoded at once: vLLM's own default on large GPUs is 1,024, and a buffer of its sampler
 # takes so many times the vocabulary.
 MAX_NUM_SEQS = 256
 BATCHED_TOKENS = 8192  # tokens of a forward pass, or one whole sequence if it is longer
-
-
-def resolve_backend(args, device: torch.device) -> str:
-    """Return "vllm" or "torch" for --backend; auto is vLLM on a GPU. Prepares vLLM's environment.
-
-    Raises UserError if vLLM is wanted and not installed, or of another version.
-    """
-    installed, install = find_spec("vllm") is not None, "requirements-gpu.txt"
-    backend, share = args.backend, args.vllm_gpu_memory
-    check(0 < share <= 1, f"--vllm_gpu_memory is {share}; it must be above 0 and at most 1")
-    if backend == "auto":
-        # For the toy, starting an engine takes longer than all of its sampling.
-        on_gpu = device.type == "cuda" and not args.model.startswith("toy/")
-        backend, slow = "vllm" if on_gpu and installed else "torch", on_gpu and not installed
-        install_line = f"pip install -r {install}; or insist with --backend torch"
-        check(not slow, f"vLLM is missing, and without it rollouts take days: {install_line}")
-    if backend == "vllm":
-        check(installed, f"--backend vllm, but vLLM is not installed: pip install -r {install}")
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights by reference
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        # Else attention multiplies float32 in TF32, which the canary sees (2e-3 to 4e-3).
-        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
-        version = import_module("vllm").__version__
-        known = version.startswith(VLLM_VERSION)
-        check(known, f"vLLM {version} is installed, 0.32.0 is needed: pip install -r {install}")
-    print(f"rollouts: {backend}")
-    return backend
 
 
 def batched_tokens(args) -> int:
