@@ -22,7 +22,7 @@ from common.run.inputs import ROOT
 from workflow import fit, processes
 from workflow.budget import most_flops
 from workflow.presets import preset_of, script_args
-from workflow.routes import RECIPES, ROUTES, ROWS, STUDENT, TEACHER
+from workflow.routes import RECIPES, ROUTES, ROWS, STUDENT, TEACHER, table_of_routes
 from workflow.stages import Stage
 
 TINY = [
@@ -125,6 +125,7 @@ def test_the_tables_of_routes_name_only_what_there_is():
     assert {row.partition("/")[2] for row in ROWS} <= models
     for name, route in ROUTES.items():
         assert f"{name}/{route.last}" in ROWS
+    assert table_of_routes() in (ROOT / "docs" / "bridge.md").read_text()
     help_text = run("bridge", "--help").stdout
     assert all(re.search(rf"^ +{name} +\S", help_text, re.MULTILINE) for name in ROUTES)
 
