@@ -113,17 +113,19 @@ def test_a_gated_model_says_what_to_do(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_every_stage(llamas, tmp_path, ranks):
+@pytest.mark.parametrize(
+    ("ranks", "routes", "rows", "last"),
+    [(1, "paper", 6, "full_opd"), (2, "raw_teacher", 3, "raw_teacher_opd")],
+)
+def test_every_stage(llamas, tmp_path, ranks, routes, rows, last):
     flags = [*TINY, "--teacher", llamas[0], "--student", llamas[1], "--learning_rate", "1e-4"]
     flags += ["--dataset", "toy", "--benchmarks", "toy", "--max_prompt_tokens", "512"]
     flags += ["--max_new_tokens", "12", "--dtype", "float32", "--num_minibatches", "1"]
-    flags += ["--routes", "paper", "--nproc_per_node", str(ranks), "--output_dir", tmp_path / "out"]
+    flags += ["--routes", routes, "--nproc_per_node", str(ranks), "--output_dir", tmp_path / "out"]
     done = run_process("bridge", *flags)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
-    assert len(rows) == 6
-    final = tmp_path / "out" / "seed_0" / "full_opd" / "final"
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["rows"]) == rows
+    final = tmp_path / "out" / "seed_0" / last / "final"
     before, after = (
         load_file(f"{llamas[1]}/model.safetensors"),
         load_file(final / "model.safetensors"),

@@ -52,7 +52,7 @@ def test_a_workflow_over_two_machines(tmp_path):
     """Each waits for the other in every stage; the first one writes the report. A rank that is
     killed on the second machine ends both with a message; the same two commands go on."""
     folder = tmp_path / "out"
-    flags = ["--num_steps", "40"]
+    flags = ["--num_steps", "16"]
     nodes = start_both(folder, *flags)
     metrics = folder / "seed_0" / "raw_teacher_fkl_warmup" / "metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < 2:
