@@ -264,7 +264,7 @@ def main(args: Args) -> None:
     check_training(args)
     check(
         args.estimator == "full" or args.divergence == "reverse_kl",
-        f"--estimator {args.estimator} has only the reverse KL; drop --divergence",
+        f"--estimator {args.estimator} has only reverse KL; drop --divergence {args.divergence}",
     )
     check(
         not args.rollouts or args.sample_from == "policy",

@@ -13,11 +13,12 @@ from typing import Literal
 
 import tyro
 
+from common.run.inputs import task_path
 from common.tasks.math.answers import extract_answer
 from common.tasks.pool import WorkerPool
 from common.tasks.worker import answering_part
 
-FILE = Path(__file__).with_name("task.py")
+FILE = task_path("math")
 
 
 @dataclass
