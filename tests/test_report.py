@@ -18,7 +18,7 @@ from common.tasks.data import template_fingerprint
 from workflow.fit import find_machine
 from workflow.paper_results import CLAIMS, RESULTS, results_of
 from workflow.presets import fill_in, preset_of
-from workflow.routes import plan
+from workflow.routes import RECIPES, ROWS, plan
 
 
 def test_t_interval_and_p_are_scipys():
@@ -230,33 +230,35 @@ def test_claims_and_paper_speak_of_rows_that_there_are():
     assert results_of("Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B") == {}
 
 
-TITLES = {
-    "models/untrained_student": "untrained student",
-    "models/raw_teacher": "raw teacher",
-    "models/teacher_grpo": "RL teacher (1H)",
-    "models/full_teacher_grpo": "RL teacher (all)",
-    "models/teacher_sft": "SFT teacher (1H)",
-    "cold/cold": "cold: GRPO (all)",
-    "full/full_opd": "RL teacher: FKL, OPD (all)",
-    "half/fkl_warmup": "RL teacher: FKL (1H)",
-    "half/opd": "RL teacher: FKL, OPD (1H)",
-    "half/student_grpo": "RL teacher: FKL, OPD (1H), GRPO (2H)",
-    "replay/replay_grpo": "RL teacher: FKL, OPD (1H), GRPO (1H)",
-    "sft_transfer/sft_transfer": "RL teacher: SFT (1H)",
-    "sft_transfer/sft_transfer_grpo": "RL teacher: SFT (1H), GRPO (2H)",
-    "opd_only/opd_only": "RL teacher: OPD (1H)",
-    "opd_only/opd_only_grpo": "RL teacher: OPD (1H), GRPO (2H)",
-    "semi_opd/semi_opd": "RL teacher: FKL, semi-OPD (1H)",
-    "semi_opd/semi_opd_grpo": "RL teacher: FKL, semi-OPD (1H), GRPO (2H)",
-    "sft_teacher/sft_teacher_opd": "SFT teacher: FKL, OPD (1H)",
-    "sft_teacher/sft_teacher_grpo": "SFT teacher: FKL, OPD (1H), GRPO (2H)",
-    "raw_teacher/raw_teacher_opd": "raw teacher: FKL, OPD (all)",
-    "same_size/same_size_opd": "RL student as teacher: FKL, OPD (all)",
-    "cold_matched_tokens/cold_matched_tokens": "cold: GRPO (all), tokens of full",
-    "cold_matched_flops/cold_matched_flops": "cold: GRPO (all), flops of full",
-}
+METHODS = {"fkl_warmup": "FKL", "opd": "OPD", "semi_opd": "semi-OPD", "sft_transfer": "SFT"}
+TEACHERS = {"teacher_grpo": "RL teacher", "teacher_sft": "SFT teacher"}
+TEACHERS |= {"cold_grpo": "RL student as teacher"}
+
+
+def title_of(name: str) -> str:
+    """Who teaches, then what was done on which problems, from the recipes."""
+    recipe = RECIPES[name]
+    if recipe.kind in ("teacher_grpo", "teacher_sft"):
+        return f"{TEACHERS[recipe.kind]} ({recipe.split})"
+    chain = [recipe]
+    while chain[0].model in RECIPES:
+        chain.insert(0, RECIPES[chain[0].model])
+    transfers = [step for step in chain if step.teacher]
+    parts = [f"GRPO ({step.split})" for step in chain if not step.teacher]
+    if recipe.budget_flag:
+        parts.append(f"{recipe.budget_flag.removeprefix('stop_at_')} of full")
+    if not transfers:
+        return f"cold: {', '.join(parts)}"
+    teacher = transfers[0].teacher
+    methods = ", ".join(METHODS[step.kind] for step in transfers)
+    parts.insert(0, f"{methods} ({transfers[0].split})")
+    name = TEACHERS[RECIPES[teacher].kind] if teacher in RECIPES else teacher
+    return f"{name}: {', '.join(parts)}"
 
 
 def test_rows_and_their_titles():
+    """Every row of the table is evaluated, and its title says what its recipes do."""
     _, evaluations = planned(bridge.Args(routes=("all",)))
-    assert {evaluation.id: evaluation.title for evaluation in evaluations} == TITLES
+    assert {evaluation.id: evaluation.title for evaluation in evaluations} == ROWS
+    for row in (row for row in ROWS if row.partition("/")[2] in RECIPES):
+        assert ROWS[row] == title_of(row.partition("/")[2])
