@@ -301,7 +301,7 @@ def check_args(args: Args) -> None:
 
 
 def benchmark_prompts(task: Task, name: str, tokenizer, args: Args) -> list[data.Prompt]:
-    problems = data.load_evaluation_problems(task, name)[: args.num_problems]
+    problems = on_first_rank(lambda: data.load_evaluation_problems(task, name))[: args.num_problems]
     prompts = data.render_prompts(tokenizer, problems, args)
     too_long = len(problems) - len(prompts)
     check(
