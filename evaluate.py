@@ -69,8 +69,8 @@ class Args:
     task: str = "math"
     """what is asked and how it is graded: math, or a .py file (docs/tasks.md)"""
     benchmarks: Annotated[tuple[str, ...] | None, DATA] = None
-    """names that the task knows (math: toy, math500, aime24, aime25, amc23, gsm8k), hub ids, .jsonl
-    or .parquet files; default: the task's first"""
+    """names that the task knows (math: toy, math500, aime24, aime25, amc23, gsm8k), hub ids
+    (owner/name:config:split) or files; default: the task's first"""
     num_problems: Annotated[int | None, POSITIVE] = None
     """take the first problems of each benchmark only"""
     max_prompt_tokens: Annotated[int, POSITIVE] = 128
