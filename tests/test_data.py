@@ -10,7 +10,9 @@ import datasets
 import pytest
 from conftest import problem_of
 
+import evaluate
 import opd
+from common.model.tokenizer import load_tokenizer
 from common.run.errors import UserError
 from common.run.inputs import ROOT, inputs_of
 from common.tasks import data
@@ -337,14 +339,16 @@ def test_an_instruction_is_no_contamination_and_hides_none(
 
 
 @pytest.mark.parametrize("copies", [1, 3, 32])
-def test_repeated_rows_of_an_evaluation_set_count_once(task, tmp_path, capsys, copies):
+def test_repeated_rows_of_an_evaluation_set_count_once(task, tokenizer, tmp_path, capsys, copies):
     """A template is what three problems share, not what three copies of one do."""
     rows = [{"problem": of_words(i), "answer": str(i)} for i in range(5)]
     repeated = [row | {"sample": i} for i in range(copies) for row in rows]
     held_out = write(tmp_path / "test.jsonl", repeated)
     training = [{"problem": f"Or: {row['problem']}?", "answer": "1"} for row in rows]
     path = write(tmp_path / "d.jsonl", [*training, ROW])
-    assert pairs(data.load_evaluation_problems(task, held_out)) == pairs_of(rows)
+    args = evaluate.Args(max_prompt_tokens=512)
+    asked = evaluate.benchmark_prompts(task, held_out, tokenizer, args)
+    assert pairs([prompt.problem for prompt in asked]) == pairs_of(rows)
     assert (f"{5 * copies} rows are 5 problems\n" in capsys.readouterr().out) == (copies > 1)
     kept = data.load_training_problems(task, path, "all", [held_out])
     assert pairs(kept) == [("1+1", "2")]
@@ -358,8 +362,14 @@ def test_a_problem_with_two_gold_answers_is_evaluated_as_two(task, tmp_path, cap
     rows = [ROW, {"problem": "a", "answer": "1"}, ROW | {"answer": "3"}, ROW]
     found = data.load_evaluation_problems(task, write(tmp_path / "test.jsonl", rows))
     assert pairs(found) == pairs_of(rows[:3])
-    told = "4 rows are 3 problems; 1 stand there again with another gold answer"
+    told = "4 rows are 3 problems, 1 of them with another gold answer to the same"
     assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["mine.jsonl", "mine.json", "mine.csv", "mine.parquet", "toy"])
+def test_a_local_file_is_checked_against_what_its_owner_names(task, name):
+    assert data.default_decontamination(task, name) == ()
+    assert "math500" in data.default_decontamination(task, "owner/name:main")
 
 
 def test_halves_are_fixed_by_the_text_alone(task, tmp_path):
@@ -432,6 +442,17 @@ def test_templates_are_told_one_fixed_day(tokenizer, written):
     dated = templated(tokenizer, written + tokenizer.chat_template)
     (prompt,) = data.render_prompts(dated, [problem_of("1+1", "2")], Args)
     assert re.match("26 Jul(y)? 2024<", dated.decode(prompt.ids))
+
+
+def test_a_teacher_without_a_chat_template(tmp_path):
+    """The student's own is used."""
+    bare = tmp_path / "bare"
+    shutil.copytree(ROOT / "toy" / "student", bare)
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((bare / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (bare / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_tokenizer("toy/student", str(bare)).chat_template
 
 
 def test_a_template_that_refuses_a_system_message(tokenizer):

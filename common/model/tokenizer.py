@@ -50,8 +50,8 @@ def load_tokenizer(name: str, teacher: str | None = None, chat_template: str | N
             f"teacher {teacher} and student {name} have different vocabularies ({differing} tokens "
             "differ); choose two models of one family",
         )
-        same = prompt_text(teachers, SAMPLE_CHAT) == prompt_text(tokenizer, SAMPLE_CHAT)
-        if teachers.chat_template and not same:
+        other = teachers.chat_template and prompt_text(teachers, SAMPLE_CHAT)
+        if other and other != prompt_text(tokenizer, SAMPLE_CHAT):
             print(f"{name} and {teacher} have different chat templates: prompts are {name}'s")
     return tokenizer
 

@@ -36,7 +36,7 @@ def load_evaluation_problems(task: Task, source: str) -> list[Problem]:
     merged = {(problem.key, problem.gold): problem for problem in reversed(problems)}
     several = len(merged) - len({key for key, _ in merged})
     if len(merged) < num_rows or several:
-        told = f"; {several} stand there again with another gold answer" if several else ""
+        told = f", {several} of them with another gold answer to the same" if several else ""
         print(f"dataset {source}: {num_rows} rows are {len(merged)} problems{told}")
     return list(merged.values())[::-1]
 
