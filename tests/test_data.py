@@ -161,7 +161,7 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(task, tmp_path, capsy
     printed = capsys.readouterr().out
     assert "4 of 10 different rows cannot be used, the first: row 1: no answer" in printed
     assert '{"problem": "p0", "answer": null}' in printed
-    assert "6 rows, 0 duplicates merged" in printed
+    assert "7 rows, 1 duplicates merged" in printed
     with pytest.raises(UserError, match="2 of 3 different rows cannot be used, .* name other"):
         data.load_problems(task, write(tmp_path / "e.jsonl", rows[:2] + rows[6:8][:1]))
 

@@ -60,9 +60,9 @@ def _read_template(source: str) -> str | None:
     if not source.endswith(".jinja"):
         return load_pretrained("AutoTokenizer", source).chat_template
     try:
-        return Path(source).read_text()
-    except OSError as error:
-        raise UserError(f"cannot read --chat_template {source}: {error.strerror}") from error
+        return Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --chat_template {source}: {one_line(error)}") from error
 
 
 def lacks_chat_template(name: str) -> bool:

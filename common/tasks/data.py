@@ -46,12 +46,9 @@ def _load(
 ) -> tuple[list[Problem], int]:
     """Return the problems, and of how many rows they are. Rows that cannot be used are left out,
     with a printed line."""
-    numbered: dict[str, tuple[int, dict]] = {}
-    copies: Counter[str] = Counter()
+    numbered: dict[str, tuple[int, dict]] = {}  # by content: all that follows costs more
     for number, row in enumerate(read_rows(task, source, evaluated), 1):
-        content = _hash_of(json.dumps(row, default=str))
-        numbered.setdefault(content, (number, row))
-        copies[content] += 1
+        numbered.setdefault(_hash_of(json.dumps(row, default=str)), (number, row))
     check(len(numbered) > 0, f"dataset {source} is empty")
     numbers, rows = zip(*numbered.values(), strict=True)
     name_columns(task, source, rows, renamed)
@@ -66,13 +63,11 @@ def _load(
         )
         check(2 * len(unusable) <= len(rows), f"{told}; mend them, or name other --columns")
         print(told)
-    counts = zip(found, copies.values(), strict=True)
-    num_rows = sum(count for problem, count in counts if isinstance(problem, Problem))
     problems = [problem for problem in found if isinstance(problem, Problem)]
     warnings = [problem.warning for problem in problems if problem.warning]
     if warnings:
         print(f"dataset {source}: {len(warnings)} rows with a warning, the first: {warnings[0]}")
-    return problems, num_rows
+    return problems, number - len(unusable)
 
 
 def without_beginning(texts: list[str]) -> list[str]:

@@ -215,7 +215,7 @@ def describe(task, row: dict) -> dict | str:
     # Of a conversation the last message alone may be "Go on."
     text = messages[-1]["content"].strip()
     key = identify(task, text if len(messages) == 1 or hasattr(task, "key") else str(messages))
-    if not is_unicode(text + str(gold)):
+    if not is_unicode("".join(message["content"] for message in messages) + str(gold)):
         return "half a surrogate pair"
     warning = task.check(row) if hasattr(task, "check") else None
     return {"messages": messages, "key": key, "gold": str(gold), "warning": warning}
