@@ -69,8 +69,8 @@ class Args:
     task: str = "math"
     """what is asked and how it is graded: math, or a .py file (docs/tasks.md)"""
     benchmarks: Annotated[tuple[str, ...] | None, DATA] = None
-    """names that the task knows (math: toy, math500, aime24, aime25, amc23, gsm8k), hub ids, .jsonl
-    or .parquet files; default: the task's first"""
+    """names that the task knows (math: toy, math500, aime24, aime25, amc23, gsm8k), hub ids
+    (owner/name:config:split) or files; default: the task's first"""
     num_problems: Annotated[int | None, POSITIVE] = None
     """take the first problems of each benchmark only"""
     max_prompt_tokens: Annotated[int, POSITIVE] = 128
@@ -301,7 +301,7 @@ def check_args(args: Args) -> None:
 
 
 def benchmark_prompts(task: Task, name: str, tokenizer, args: Args) -> list[data.Prompt]:
-    problems = data.load_evaluation_problems(task, name)[: args.num_problems]
+    problems = on_first_rank(lambda: data.load_evaluation_problems(task, name))[: args.num_problems]
     prompts = data.render_prompts(tokenizer, problems, args)
     too_long = len(problems) - len(prompts)
     check(

@@ -92,7 +92,7 @@ class Args:
     task: str = "math"
     """what is asked and what earns a reward: math, or a .py file (docs/tasks.md)"""
     dataset: Annotated[str | None, DATA] = None
-    """a hub id (owner/name:config), a .jsonl or .parquet file, or one of the task's, as toy"""
+    """a hub id (owner/name:config:split), a file (docs/extending.md) or one that the task names"""
     split: Literal["all", "1H", "2H"] = "all"
     """all problems, or one of two fixed halves"""
     columns: tuple[str, ...] = ()

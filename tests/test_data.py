@@ -1,17 +1,23 @@
 """Loading, splitting and cleaning of problems; rendering of prompts."""
 
 import copy
+import dataclasses
 import json
+import re
 import shutil
 
+import datasets
 import pytest
 from conftest import problem_of
 
+import evaluate
 import opd
+from common.model.tokenizer import load_tokenizer
 from common.run.errors import UserError
 from common.run.inputs import ROOT, inputs_of
 from common.tasks import data
 from common.tasks.math.task import instruction, key
+from common.tasks.task import Task
 
 
 def write(path, rows) -> str:
@@ -75,15 +81,8 @@ def test_parquet(task, tmp_path):
         ('{"problem": "1+1"}\n', "no column answer or solution"),
         ('{"problem": "a", "answer": "1"}\n{"problem": \n', "line 2: not JSON"),
         ("[1]\n", "line 1: not a JSON object"),
-        (
-            '{"problem": "a", "answer": "1"}\n{"problem": "b", "answer": null}\n',
-            "row 2: .* no answer",
-        ),
-        ('{"problem": "a", "answer": "1"}\n{"problem": "", "answer": "1"}\n', "row 2: .* no text"),
-        (
-            '{"problem": "a", "answer": "work ####"}\n',
-            "row 1: task math: .* no answer",
-        ),
+        ('[["a", "1"]]\n', 'name the columns, as {"problem": "1'),
+        ('{"problem": "a", "answer": "work ####"}\n', "1 of 1 .* row 1: .*no answer"),
         ('{"problem": ["a", "b"], "answer": "1"}\n', "row 1: .*: a list of chat"),
         ('{"problem": [{"content": "a"}], "answer": "1"}\n', "must have role and content"),
         ('{"problem": [{"role": "system", "content": "a"}], "answer": "1"}\n', "no text"),
@@ -99,7 +98,146 @@ def test_bad_files_are_named_with_their_line(task, tmp_path, content, message):
         data.load_problems(task, str(path))
 
 
-@pytest.mark.parametrize("source", ["no/such/file.jsonl", "no/file.parquet", "mathh500"])
+ROW = {"problem": "1+1", "answer": "2"}
+BOM = "\ufeff"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("d.jsonl", BOM + json.dumps(ROW)),
+        ("d.json", BOM + json.dumps([ROW, ROW | {"more": [1]}], indent=2)),
+        ("d.json", json.dumps(ROW) + "\n" + json.dumps({"level": 3, **ROW})),
+        ("d.csv", BOM + "problem,answer\r\n1+1,2\r\n"),
+        ("d.csv", 'level,problem,answer\n3,"1+1",2\n'),
+    ],
+)
+def test_files(task, tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    found = data.load_problems(task, str(tmp_path / name))
+    assert {*pairs(found)} == {("1+1", "2")}
+
+
+def test_csv_keeps_texts_as_they_stand(task, tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text('problem,answer\n"a, b\nor c",0.50\nd,NA\ne,007\n')
+    assert pairs(data.load_problems(task, str(path))) == [
+        ("a, b\nor c", "0.50"),
+        ("d", "NA"),
+        ("e", "007"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "d.csv",
+            "problem,answer\na,1,2\n",
+            "line 2: more fields than columns; quote those with commas",
+        ),
+        ("d.csv", "problem,answer,answer\na,1,2\n", "a column stands twice"),
+        ("d.csv", "problem,answer\n\xff,1\n", "after line 0: not CSV .*utf-8"),
+        ("d.json", '[["1+1", "2"]]', 'row 1: not a JSON object; name the columns, as {"problem"'),
+        ("d.json", '[{"problem": "a",', "line 1: not JSON"),
+        ("d.json", '{"data": [{"problem": "a"}]}', "no column problem .* only data"),
+    ],
+)
+def test_files_that_cannot_be_read(task, tmp_path, name, content, message):
+    (tmp_path / name).write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=message):
+        data.load_problems(task, str(tmp_path / name))
+
+
+def test_rows_that_cannot_be_used_are_left_out_and_counted(task, tmp_path, capsys):
+    rows = [{"problem": f"p{i}", "answer": str(i)} for i in range(10)]
+    rows[0]["answer"] = rows[4]["problem"] = None
+    rows[6]["answer"], rows[7]["problem"] = "work ####", " "
+    rows.append(rows[6])
+    path = write(tmp_path / "d.jsonl", rows)
+    kept = data.load_training_problems(task, path, "all", [])
+    assert [p.text for p in kept] == [f"p{i}" for i in (1, 2, 3, 5, 8, 9)]
+    assert kept[0].where.endswith("row 2")
+    printed = capsys.readouterr().out
+    assert "4 of 10 different rows cannot be used, the first: row 1: no answer" in printed
+    assert '{"problem": "p0", "answer": null}' in printed
+    assert "7 rows, 1 duplicates merged" in printed
+    with pytest.raises(UserError, match="2 of 3 different rows cannot be used, .* name other"):
+        data.load_problems(task, write(tmp_path / "e.jsonl", rows[:2] + rows[6:8][:1]))
+
+
+def test_a_column_is_there_if_any_row_has_a_value(task, tmp_path):
+    rows = [{"problem": "a", "answer": None, "solution": "1"}, {"problem": "b", "solution": "2"}]
+    path = write(tmp_path / "d.jsonl", rows)
+    assert pairs(data.load_problems(task, path)) == [("a", "1"), ("b", "2")]
+    path = write(tmp_path / "e.jsonl", [{"problem": "a", "answer": None}, ROW])
+    assert pairs(data.load_problems(task, path)) == [("1+1", "2")]
+
+
+def on_hub(monkeypatch, **splits) -> list:
+    """A hub whose sets have these splits; returns what is asked of it."""
+    whole = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+    asked = []
+
+    def load_dataset(hub_id, config, split=None):
+        asked.append((hub_id, config, split))
+        return whole[split] if split else datasets.DatasetDict(whole)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+def test_splits(task, monkeypatch):
+    other = {"problem": "1+2", "answer": "3"}
+    asked = on_hub(monkeypatch, train=[ROW], test=[other])
+    assert pairs(data.load_problems(task, "a/b")) == [("1+1", "2")]
+    assert pairs(data.load_evaluation_problems(task, "a/b:main")) == [("1+2", "3")]
+    assert pairs(data.load_evaluation_problems(task, "a/b:main:train")) == [("1+1", "2")]
+    assert pairs(data.load_problems(task, "a/b::test")) == [("1+2", "3")]
+    assert asked == [
+        *(("a/b", None, None), ("a/b", "main", None)),
+        *(("a/b", "main", "train"), ("a/b", None, "test")),
+    ]
+    on_hub(monkeypatch, train=[ROW])  # as AIME 2024 has it
+    assert pairs(data.load_evaluation_problems(task, "a/b")) == [("1+1", "2")]
+    on_hub(monkeypatch, math=[ROW], code=[other])
+    for load, usual in ((data.load_problems, "train"), (data.load_evaluation_problems, "test")):
+        message = f"a/b has no split {usual}, only math, code; name one, as a/b::math"
+        with pytest.raises(UserError, match=message):
+            load(task, "a/b")
+    on_hub(monkeypatch, test=[ROW])
+    with pytest.raises(UserError, match="no split train, only test"):
+        data.load_problems(task, "a/b")
+
+
+def test_a_folder_with_splits(task, tmp_path, monkeypatch):
+    """The real datasets: it reads a local folder as it reads a set of the hub."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    write(tmp_path / "owner" / "name" / "train.jsonl", [ROW] * 3)
+    write(tmp_path / "owner" / "name" / "test.jsonl", [{"problem": "1+2", "answer": "3"}])
+    assert pairs(data.load_problems(task, "owner/name")) == [("1+1", "2")]
+    assert pairs(data.load_evaluation_problems(task, "owner/name")) == [("1+2", "3")]
+    assert pairs(data.load_evaluation_problems(task, "owner/name::train")) == [("1+1", "2")]
+    with pytest.raises(UserError, match="cannot load dataset owner/name::math .*math"):
+        data.load_problems(task, "owner/name::math")
+
+
+def test_rows_of_equal_content_are_described_once(tmp_path, monkeypatch):
+    calls = []
+    with Task() as task:
+        ask = task.pool.call
+        monkeypatch.setattr(task.pool, "call", lambda *a: calls.append(len(a[1])) or ask(*a))
+        rows = [{"problem": f"p{i % 5}", "answer": "1", "more": {"x": [1]}} for i in range(500)]
+        kept = data.load_training_problems(task, write(tmp_path / "d.jsonl", rows), "all", [])
+    assert len(kept) == 5
+    assert sum(calls) == 5 + 1  # and grade() is tried
+
+
+@pytest.mark.parametrize(
+    "source", ["no/such/file.jsonl", "no/file.parquet", "no.csv", "no.json", "mathh500"]
+)
 def test_unknown_sources(task, source):
     with pytest.raises(UserError, match="does not exist|unknown dataset"):
         data.load_problems(task, source)
@@ -174,6 +312,66 @@ def test_words_of_a_template_are_no_contamination(task, tmp_path):
                 data.load_training_problems(task, training, "all", [path])
 
 
+def of_words(number: int, count: int = 20) -> str:
+    return " ".join(f"word{number}x{i}" for i in range(count))
+
+
+STEPS = "Solve the following math problem step by step. The answer stands in the last line."
+NO_TEXT = ""
+
+
+@pytest.mark.parametrize("before", [NO_TEXT, STEPS])
+@pytest.mark.parametrize("behind", [NO_TEXT, instruction])
+@pytest.mark.parametrize("held_out_behind", [NO_TEXT, instruction])
+def test_an_instruction_is_no_contamination_and_hides_none(
+    task, tmp_path, before, behind, held_out_behind
+):
+    """The last word of a problem and the 12 of the instruction are 13. Problem 0 is held out as it
+    is, the short 3+4 too, and of problem 1 thirteen words are."""
+    held_out = [of_words(0), of_words(1), "3+4", *(f"{of_words(i)} end" for i in range(10, 20))]
+    rows = [of_words(0), of_words(1, 13), "3 + 4"]
+    rows += [of_words(1, 12), *(f"{of_words(i)} end" for i in range(30, 40))]
+    held_out = [{"problem": f"{text}\n{held_out_behind}", "answer": "1"} for text in held_out]
+    rows = [{"problem": f"{before}\n{text}\n{behind}", "answer": "1"} for text in rows]
+    path = write(tmp_path / "test.jsonl", held_out)
+    kept = data.load_training_problems(task, write(tmp_path / "d.jsonl", rows), "all", [path])
+    assert [problem.text for problem in kept] == [row["problem"].strip() for row in rows[3:]]
+
+
+@pytest.mark.parametrize("copies", [1, 3, 32])
+def test_repeated_rows_of_an_evaluation_set_count_once(task, tokenizer, tmp_path, capsys, copies):
+    """A template is what three problems share, not what three copies of one do."""
+    rows = [{"problem": of_words(i), "answer": str(i)} for i in range(5)]
+    repeated = [row | {"sample": i} for i in range(copies) for row in rows]
+    held_out = write(tmp_path / "test.jsonl", repeated)
+    training = [{"problem": f"Or: {row['problem']}?", "answer": "1"} for row in rows]
+    path = write(tmp_path / "d.jsonl", [*training, ROW])
+    args = evaluate.Args(max_prompt_tokens=512)
+    asked = evaluate.benchmark_prompts(task, held_out, tokenizer, args)
+    assert pairs([prompt.problem for prompt in asked]) == pairs_of(rows)
+    assert (f"{5 * copies} rows are 5 problems\n" in capsys.readouterr().out) == (copies > 1)
+    kept = data.load_training_problems(task, path, "all", [held_out])
+    assert pairs(kept) == [("1+1", "2")]
+
+
+def pairs_of(rows: list[dict]) -> list[tuple[str, str]]:
+    return [(row["problem"], row["answer"]) for row in rows]
+
+
+def test_a_problem_with_two_gold_answers_is_evaluated_as_two(task, tmp_path, capsys):
+    rows = [ROW, {"problem": "a", "answer": "1"}, ROW | {"answer": "3"}, ROW]
+    found = data.load_evaluation_problems(task, write(tmp_path / "test.jsonl", rows))
+    assert pairs(found) == pairs_of(rows[:3])
+    told = "4 rows are 3 problems, 1 of them with another gold answer to the same"
+    assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["mine.jsonl", "mine.json", "mine.csv", "mine.parquet", "toy"])
+def test_a_local_file_is_checked_against_what_its_owner_names(task, name):
+    assert data.default_decontamination(task, name) == ()
+    assert "math500" in data.default_decontamination(task, "owner/name:main")
+
+
 def test_halves_are_fixed_by_the_text_alone(task, tmp_path):
     rows = [{"problem": f"p{i}", "answer": "1"} for i in range(400)]
     path = write(tmp_path / "d.jsonl", rows)
@@ -236,6 +434,41 @@ def test_fingerprint_goes_by_what_the_template_writes(tokenizer):
         prints.append(data.fingerprint(dated, prompts, Args))
     assert prints[0]["prompts_fingerprint"] != prints[1]["prompts_fingerprint"]
     assert prints[0]["template_fingerprint"] != prints[1]["template_fingerprint"]
+
+
+@pytest.mark.parametrize("written", ["{{ strftime_now('%d %B %Y') }}", "{{ date_string }}"])
+def test_templates_are_told_one_fixed_day(tokenizer, written):
+    """Mistral's and Granite's ask for today's date, and a run of yesterday would not go on."""
+    dated = templated(tokenizer, written + tokenizer.chat_template)
+    (prompt,) = data.render_prompts(dated, [problem_of("1+1", "2")], Args)
+    assert re.match("26 Jul(y)? 2024<", dated.decode(prompt.ids))
+
+
+def test_a_teacher_without_a_chat_template(tmp_path):
+    """The student's own is used."""
+    bare = tmp_path / "bare"
+    shutil.copytree(ROOT / "toy" / "student", bare)
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((bare / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (bare / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_tokenizer("toy/student", str(bare)).chat_template
+
+
+def test_a_template_that_refuses_a_system_message(tokenizer):
+    refuses = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% endif %}"
+    )
+    changed = templated(tokenizer, refuses + tokenizer.chat_template)
+    data.render_prompts(changed, [problem_of("1+1", "2")], Args)
+    briefed = dataclasses.replace(
+        problem_of("1+1", "2"),
+        messages=({"role": "system", "content": "s"}, {"role": "user", "content": "1+1"}),
+    )
+    message = r"refuses messages of system, user \(System role not supported\); change"
+    with pytest.raises(UserError, match=message):
+        data.render_prompts(changed, [briefed], Args)
 
 
 def test_fingerprints_of_models_and_files(tmp_path):

@@ -274,6 +274,41 @@ def test_bfloat16_compute_keeps_float32_weights_under_sharding(tmp_path):
         assert 0 < change.max() < 3e-6, name
 
 
+PREPARES = """
+import opd
+from common.model.tokenizer import load_tokenizer
+from common.run.ranks import gather, join_ranks
+from common.tasks import data
+from common.tasks.task import Task
+
+join_ranks("cpu")
+args, tokenizer, task = opd.Args(eval_every=1), load_tokenizer("toy/student"), Task()
+task.pool.close()
+sets = [data.training_prompts(task, tokenizer, args)]
+sets.append(data.evaluation_prompts(task, tokenizer, args))
+sizes, workers = gather([list(map(len, sets))]), gather([len(task.pool._workers) > 0])
+prints = gather([data.fingerprint(tokenizer, s, args)["prompts_fingerprint"] for s in sets])
+task.pool.close()
+print(sizes, workers, prints[:2] == prints[2:])
+"""
+
+
+def test_one_rank_prepares_the_prompts_of_all(tmp_path):
+    printed = torchrun(PREPARES, tmp_path)
+    assert printed.splitlines()[-1] == "[[1024, 512], [1024, 512]] [True, False] True"
+    assert printed.count("1024 rows") == 1
+
+
+def test_the_users_mistake_is_told_by_each_rank_in_one_line(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"problem": "a"}')
+    flags = ["--dataset", tmp_path / "d.jsonl", "--output_dir", tmp_path / "out"]
+    done = subprocess.run(
+        command(2, "opd", *flags), capture_output=True, text=True, env=ENVIRONMENT, timeout=300
+    )
+    assert "rank 0: error: dataset " in done.stderr
+    assert "gloo" not in done.stderr  # no rank waits for one that has gone
+
+
 def test_evaluation_is_the_same(tmp_path):
     flags = ["--model", "toy/student", "--num_problems", "9", "--num_samples", "4"]
     for ranks in (1, 2):

@@ -309,7 +309,7 @@ CASES = [(script, *case) for script in TRAINERS for case in BAD] + [
     ("opd", "--dataset broken.jsonl", "broken.jsonl, line 3"),
     ("opd", "--dataset latin.jsonl", "latin.jsonl"),
     ("opd", "--dataset twice.jsonl", "twice.jsonl, line 1: not JSON (a column stands twice)"),
-    ("opd", "--dataset unanswered.jsonl", "unanswered.jsonl"),
+    ("opd", "--dataset unanswered.jsonl", "unanswered.jsonl: 2 of 3 different rows cannot be"),
     ("opd", "--dataset huge.jsonl", "every prompt is over --max_prompt_tokens 128"),
     ("opd", "--dataset table.parquet", "table.parquet"),
     ("opd", "--dataset good.jsonl --columns problem=nothing", "nothing"),
@@ -324,7 +324,7 @@ CASES = [(script, *case) for script in TRAINERS for case in BAD] + [
     ("bridge", "--benchmarks", "--benchmarks needs a value"),
     ("opd", "--max_new_tokens 385", "and toy/student takes at most 512 tokens"),
     ("evaluate", "--max_new_tokens 385", "and toy/teacher takes at most 512 tokens"),
-    ("opd", "--dataset lists.jsonl", "row 1: task math: ValueError: a list of chat messages"),
+    ("opd", "--dataset lists.jsonl", "row 1: ValueError: a list of chat messages"),
     ("opd", "--dataset surrogate.jsonl", "row 1: half a surrogate pair"),
     ("fkl_warmup", "--rollouts ids.jsonl --dataset good.jsonl", "completion_ids must be a list"),
     ("evaluate", "--compare torn torn", "torn/results.json is damaged"),
@@ -342,7 +342,8 @@ def bad_inputs(tmp_path_factory):
     (folder / "broken.jsonl").write_text(good * 2 + '{"problem": "1+1", "ans\n' + good)
     (folder / "latin.jsonl").write_bytes('{"problem": "\u00e9", "answer": "2"}\n'.encode("latin-1"))
     (folder / "twice.jsonl").write_text('{"problem": "1+1", "answer": "2", "answer": "3"}\n')
-    (folder / "unanswered.jsonl").write_text(good + '{"problem": "1+2", "answer": null}\n')
+    unanswered = '{"problem": "1+2", "answer": null}\n'
+    (folder / "unanswered.jsonl").write_text(unanswered + unanswered.replace("2", "3") + good)
     (folder / "huge.jsonl").write_text(json.dumps({"problem": "1+" * 10**6, "answer": "2"}))
     (folder / "table.parquet").write_bytes(b"PAR1 and nothing more")
     (folder / "lists.jsonl").write_text('{"problem": ["1+1"], "answer": "2"}\n')

@@ -118,11 +118,39 @@ def test_rows_that_cannot_be_asked(tmp_path, returned, message):
     code = f"def prompt(row): return {returned}\ndef grade(completion, row): return 1\n"
     with Task(write(tmp_path, code), timeout_s=0.5) as task:
         rows = [{"word": "a"}, {"other": "b"}]
-        if message is None:  # half a surrogate pair comes through; data.py refuses it
-            assert task.problems(rows, "d")[0].text == "\ud800"
+        if message is None:  # not the task's mistake, but the row's
+            assert task.problems(rows, "d") == ["half a surrogate pair"] * 2
         else:
             with pytest.raises(UserError, match=message):
                 task.problems(rows, "dataset d")
+
+
+def test_rows_that_prompt_or_gold_refuses(tmp_path):
+    """A ValueError is a word about the row; any other exception is the task's own mistake."""
+    code = (
+        "columns = {'word': ['word']}\n"
+        "def prompt(row): return row['word'] if row['word'] != 'x' else int('no number')\n"
+        "def gold(row): return str(1 / len(row['word']))\n"
+        "def grade(completion, row): return 1\n"
+    )
+    with Task(write(tmp_path, code)) as task:
+        found = task.problems(
+            [{"word": "x"}, {"word": None}, {}, {"word": "a"}], "d", [7, 8, 9, 10]
+        )
+        assert found[0].startswith("ValueError: invalid literal")
+        assert found[1:3] == ["no word", "no word"]
+        assert (found[3].text, found[3].where) == ("a", "d, row 10")
+        with pytest.raises(UserError, match="d, row 2: task .*ZeroDivisionError.*in gold"):
+            task.problems([{"word": "a"}, {"word": ""}], "d")
+
+
+def test_a_reward_is_rounded_where_it_enters(tmp_path):
+    """0.1 + 0.2 and 0.3 are one reward: their group is no mixed one."""
+    code = "def prompt(row): return 'a'\ndef grade(completion, row): return eval(completion)\n"
+    with Task(write(tmp_path, code)) as task:
+        verdicts = grade(task, ["0.1 + 0.2", "0.3", "1 - 1e-9", "0.9999"], ["1"] * 4)
+    assert [verdict.reward for verdict in verdicts] == [0.3, 0.3, 1.0, 0.9999]
+    assert [verdict.outcome for verdict in verdicts[2:]] == ["correct", "partial"]
 
 
 @pytest.mark.parametrize("reward", ["1.5", "-0.1", "float('nan')", "'1'", "None", "[1]", "2"])

@@ -17,7 +17,7 @@ from pathlib import Path
 import matplotlib
 
 from common.run.process import start
-from common.tasks.data import read_jsonl
+from common.tasks.rows import read_jsonl
 from toy.make import is_step_by_step
 from toy.studies import (
     Results,

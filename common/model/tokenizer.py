@@ -1,15 +1,17 @@
 """Tokenizers, their chat templates, and the tokens that end a turn."""
 
+import datetime
 from collections.abc import Sequence
 from pathlib import Path
 
+import jinja2
 from huggingface_hub import try_to_load_from_cache
 
 from common.model.load import load_pretrained
 from common.run.errors import UserError, check, one_line
 from common.run.inputs import model_path
 
-DATE = "26 Jul 2024"  # Llama 3's template writes today's: prompts would change from day to day
+DAY = datetime.datetime(2024, 7, 26)  # templates write today's: prompts would change day by day
 SAMPLE_CHAT = [{"role": "user", "content": "1+1"}]
 
 
@@ -48,8 +50,8 @@ def load_tokenizer(name: str, teacher: str | None = None, chat_template: str | N
             f"teacher {teacher} and student {name} have different vocabularies ({differing} tokens "
             "differ); choose two models of one family",
         )
-        same = prompt_text(teachers, SAMPLE_CHAT) == prompt_text(tokenizer, SAMPLE_CHAT)
-        if teachers.chat_template and not same:
+        other = teachers.chat_template and prompt_text(teachers, SAMPLE_CHAT)
+        if other and other != prompt_text(tokenizer, SAMPLE_CHAT):
             print(f"{name} and {teacher} have different chat templates: prompts are {name}'s")
     return tokenizer
 
@@ -58,9 +60,9 @@ def _read_template(source: str) -> str | None:
     if not source.endswith(".jinja"):
         return load_pretrained("AutoTokenizer", source).chat_template
     try:
-        return Path(source).read_text()
-    except OSError as error:
-        raise UserError(f"cannot read --chat_template {source}: {error.strerror}") from error
+        return Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --chat_template {source}: {one_line(error)}") from error
 
 
 def lacks_chat_template(name: str) -> bool:
@@ -72,13 +74,21 @@ def lacks_chat_template(name: str) -> bool:
 
 def prompt_text(tokenizer, messages: Sequence[dict], thinking: bool = False) -> str:
     """Render the chat template over messages, ready for the assistant's turn."""
-    return tokenizer.apply_chat_template(
-        list(messages),
-        add_generation_prompt=True,
-        tokenize=False,
-        enable_thinking=thinking,
-        date_string=DATE,
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages),
+            add_generation_prompt=True,
+            tokenize=False,
+            enable_thinking=thinking,
+            date_string=DAY.strftime("%d %b %Y"),  # Llama 3's
+            strftime_now=DAY.strftime,
+        )
+    except jinja2.TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(
+            f"the chat template refuses messages of {roles} ({one_line(error)}); change the task's "
+            "prompt(), or name another --chat_template"
+        ) from error
 
 
 def end_ids(tokenizer, *models) -> list[int]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from common.run.errors import check
+from common.run.errors import UserError, check
 
 
 def rank() -> int:
@@ -97,11 +97,19 @@ def share_of(items: list, number: int, count: int) -> tuple[int, list]:
 
 
 def on_first_rank(function: Callable):
-    """Call it on the first rank only; all ranks get what it returns."""
+    """Call it on the first rank only; all ranks get what it returns, or the user's mistake that it
+    raises."""
     if num_ranks() == 1:
         return function()
-    box = [function() if rank() == 0 else None]
+    box = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = function()
+        except UserError as error:
+            box[1] = error
     dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
     return box[0]
 
 

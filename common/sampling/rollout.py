@@ -13,8 +13,10 @@ import torch
 from common.model.tokenizer import end_ids
 from common.run.errors import check
 from common.run.ranks import gather, on_first_rank
-from common.tasks.data import Prompt, is_unicode, read_jsonl
+from common.tasks.data import Prompt
+from common.tasks.rows import read_jsonl
 from common.tasks.task import OUTCOMES, Problem, Task, Verdict
+from common.tasks.worker import is_unicode
 
 
 @dataclass(eq=False)

@@ -72,26 +72,33 @@ class Task:
     def __exit__(self, *exc) -> None:
         self.pool.close()
 
-    def problems(self, rows: list[dict], source: str) -> list[Problem]:
-        """Rows, one at least, as problems. Raises UserError for one that prompt() cannot take."""
-        first = on_first_rank(lambda: self.pool.call("describe", [rows[:1]]))  # if it hangs, once
+    def problems(
+        self, rows: Sequence[dict], source: str, numbers: Sequence[int] = ()
+    ) -> list[Problem | str]:
+        """Return a problem of each row, or a text that says why the row cannot be used. numbers: of
+        the rows in their source. Raises UserError for a mistake in the task's code."""
+        first = self.pool.call("describe", [rows[:1]])  # if it hangs, once
         if first[0].kind != "value":
             rows = rows[:1]
-        others = on_first_rank(lambda: self.pool.call("describe", [[row] for row in rows[1:]]))
-        replies = first + others
-        problems = []
-        for number, (row, reply) in enumerate(zip(rows, replies, strict=True), 1):
+        replies = first + self.pool.call("describe", [[row] for row in rows[1:]])
+        problems: list[Problem | str] = []
+        numbers = numbers or range(1, len(rows) + 1)
+        for number, row, reply in zip(numbers, rows, replies, strict=False):
             where = f"{source}, row {number}"
             if reply.kind != "value":
                 reason = "prompt(row) takes too long" if reply.kind == "timeout" else reply.value
                 raise UserError(f"{where}: task {self.name}: {reason}")
+            if isinstance(reply.value, str):
+                problems.append(reply.value)
+                continue
             *before, last = reply.value.pop("messages")
             text = last["content"].strip()
             asked = f"{text}\n{self.instruction}" if self.instruction else text
             messages = (*before, last | {"content": asked})
             problems.append(Problem(text, messages=messages, row=row, where=where, **reply.value))
-        tried = on_first_rank(lambda: self.pool.call("try_grade", [[rows[0]]]))[0]
-        check(tried.kind != "misuse", f"{problems[0].where}: task {self.name}: {tried.value}")
+        usable = [problem for problem in problems if isinstance(problem, Problem)][:1]
+        for tried in self.pool.call("try_grade", [[problem.row] for problem in usable]):
+            check(tried.kind != "misuse", f"{usable[0].where}: task {self.name}: {tried.value}")
         return problems
 
     def keys(self, texts: Sequence[str]) -> list[str]:
@@ -129,8 +136,9 @@ class Task:
             return Verdict("crash", answer=reply.note, message=str(reply.value))
         if reply.value is None:
             return Verdict("no_answer")
-        outcome = {0.0: "wrong", 1.0: "correct"}.get(reply.value, "partial")
-        return Verdict(outcome, reply.value, reply.note)
+        reward = round(reply.value, 6)  # 0.1 + 0.2 and 0.3 in a group are no difference to learn
+        outcome = {0.0: "wrong", 1.0: "correct"}.get(reward, "partial")
+        return Verdict(outcome, reward, reply.note)
 
     def same(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         """Tell whether two answers are one vote: equal texts, or what the task's same(a, b)

@@ -195,9 +195,17 @@ def declarations(task) -> dict:
     return known | declared
 
 
-def describe(task, row: dict) -> dict:
-    """A row as a problem: its chat messages, what identifies it, and what people are shown."""
-    asked = task.prompt(row)
+def describe(task, row: dict) -> dict | str:
+    """A row as a problem: its chat messages, what identifies it, and what people are shown; or why
+    it cannot be one."""
+    empty = [name for name in getattr(task, "columns", {}) if row.get(name) is None]
+    if empty:
+        return f"no {' and no '.join(empty)}"
+    try:
+        asked = task.prompt(row)
+        gold = task.gold(row) if hasattr(task, "gold") else ""
+    except ValueError as error:
+        return text_of(error)
     messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
     if not _are_messages(messages):
         raise Misuse(
@@ -207,9 +215,16 @@ def describe(task, row: dict) -> dict:
     # Of a conversation the last message alone may be "Go on."
     text = messages[-1]["content"].strip()
     key = identify(task, text if len(messages) == 1 or hasattr(task, "key") else str(messages))
-    gold = task.gold(row) if hasattr(task, "gold") else ""
+    if not is_unicode("".join(message["content"] for message in messages) + str(gold)):
+        return "half a surrogate pair"
     warning = task.check(row) if hasattr(task, "check") else None
     return {"messages": messages, "key": key, "gold": str(gold), "warning": warning}
+
+
+def is_unicode(text: str) -> bool:
+    """Tell whether a text has no half of a surrogate pair, which JSON can hold and UTF-8 and
+    tokenizers cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def identify(task, text: str) -> str:
