@@ -4,6 +4,7 @@ python -m benchmarks.check_labelled FILE.jsonl ...       # rows of gold, pred an
 """
 
 import json
+import re
 import sys
 import time
 from collections import Counter
@@ -13,11 +14,14 @@ from typing import Literal
 
 import tyro
 
-from common.tasks.math.answers import extract_answer
+from common.run.inputs import task_path
+from common.tasks.math import extract_answer
 from common.tasks.pool import WorkerPool
 from common.tasks.worker import answering_part
 
-FILE = Path(__file__).with_name("task.py")
+FILE = task_path("math")
+_FORMULA = re.compile(r"\$\$([^$]+)\$\$|(?<!\\)\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_LATEX_WORDS = re.compile(r"\\[A-Za-z]+\s*\{[^{}]*\}")
 
 
 @dataclass
@@ -34,7 +38,7 @@ def main(args: Args) -> None:
     """Print verdicts against labels."""
     reports, wrong = [], []
     pool = WorkerPool(FILE)
-    pool.call("is_right", [[r"\frac{1}{2}", "0.5"]] * 2)  # start-up is not timed
+    pool.call("is_right", [["x+1", "1+x"]] * 2)  # start-up is not timed
     for path in args.files:
         report, wrong_of_file = check_file(pool, path, args.marker)
         reports.append(report)
@@ -46,10 +50,9 @@ def main(args: Args) -> None:
 def judge(
     pool: WorkerPool, texts: list[str], golds: list[str], marker: str | None = None
 ) -> list[tuple[str, str | None]]:
-    """(outcome, answer) of each text. One that marks no answer is compared as a whole: labelled
-    rows hold bare answers and sentences."""
-    parts = [answering_part(text) for text in texts]
-    answers = [extract_answer(part, marker) or part.strip() or None for part in parts]
+    """(outcome, answer) of each text. Labelled rows hold bare answers and sentences."""
+    answers = [said_answer(answering_part(text), marker) for text in texts]
+    golds = [extract_answer(gold) or (said_answer(gold, None) if "answer is" in gold else gold) for gold in golds]
     asked = [i for i, answer in enumerate(answers) if answer is not None]
     replies = pool.call("is_right", [[answers[i], golds[i]] for i in asked])
     outcomes = dict.fromkeys(range(len(texts)), "no_answer")
@@ -57,6 +60,22 @@ def judge(
         kinds = {"timeout": "timeout", "error": "crash"}
         outcomes[i] = kinds.get(reply.kind) or ("correct" if reply.value else "wrong")
     return [(outcomes[i], answer) for i, answer in enumerate(answers)]
+
+
+def said_answer(text: str, marker: str | None) -> str | None:
+    """Return the answer of a text that need not mark it: of a sentence its last formula, or what
+    the answer is said to be; else the text."""
+    text = text.partition("<|im_")[0].partition("I hope it is correct")[0].strip()
+    text = text.replace("\\\\", "\\") if r"\\boxed" in text else text  # escaped twice
+    if marked := extract_answer(text, marker):
+        return marked
+    prose = re.search(r"[A-Za-z]{2} +[A-Za-z$\\(]", _LATEX_WORDS.sub("", text))
+    formulas = [formula.strip() for groups in _FORMULA.findall(text) for formula in groups]
+    said = re.findall(r"answer is:?\s+(\S.*)", text)
+    found = [*filter(None, formulas), *said] if prose else []
+    if prose and not found:
+        found = re.findall(r"\d[\d,.]*[^\s.,\])]*", text)
+    return found[-1] if found else text or None
 
 
 def check_file(pool: WorkerPool, path: Path, marker: str | None) -> tuple[dict, list]:
