@@ -21,6 +21,7 @@ from common.tasks.worker import answering_part
 
 FILE = task_path("math")
 _FORMULA = re.compile(r"\$\$([^$]+)\$\$|(?<!\\)\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_FIGURES = re.compile(r"\d[\d,.]*[^\s.,\])]*")
 _LATEX_WORDS = re.compile(r"\\[A-Za-z]+\s*\{[^{}]*\}")
 
 
@@ -52,7 +53,11 @@ def judge(
 ) -> list[tuple[str, str | None]]:
     """(outcome, answer) of each text. Labelled rows hold bare answers and sentences."""
     answers = [said_answer(answering_part(text), marker) for text in texts]
-    golds = [extract_answer(gold) or (said_answer(gold, None) if "answer is" in gold else gold) for gold in golds]
+    golds = [
+        extract_answer(gold)
+        or (said_answer(gold) if "answer is" in gold or r"\\boxed" in gold else gold)
+        for gold in golds
+    ]
     asked = [i for i, answer in enumerate(answers) if answer is not None]
     replies = pool.call("is_right", [[answers[i], golds[i]] for i in asked])
     outcomes = dict.fromkeys(range(len(texts)), "no_answer")
@@ -62,20 +67,23 @@ def judge(
     return [(outcomes[i], answer) for i, answer in enumerate(answers)]
 
 
-def said_answer(text: str, marker: str | None) -> str | None:
-    """Return the answer of a text that need not mark it: of a sentence its last formula, or what
-    the answer is said to be; else the text."""
+def said_answer(text: str, marker: str | None = None) -> str | None:
+    """Return the answer of a text that need not mark it: of a sentence at its end the last formula
+    or number; else the text."""
+    if r"\\boxed" in text:
+        text = text.replace("\\\\", "\\")  # escaped twice
+    if re.search(r"\\(?:boxed|fbox)\b", text):
+        return extract_answer(text, marker)
     text = text.partition("<|im_")[0].partition("I hope it is correct")[0].strip()
-    text = text.replace("\\\\", "\\") if r"\\boxed" in text else text  # escaped twice
-    if marked := extract_answer(text, marker):
-        return marked
-    prose = re.search(r"[A-Za-z]{2} +[A-Za-z$\\(]", _LATEX_WORDS.sub("", text))
-    formulas = [formula.strip() for groups in _FORMULA.findall(text) for formula in groups]
-    said = re.findall(r"answer is:?\s+(\S.*)", text)
-    found = [*filter(None, formulas), *said] if prose else []
-    if prose and not found:
-        found = re.findall(r"\d[\d,.]*[^\s.,\])]*", text)
-    return found[-1] if found else text or None
+    text = extract_answer(text, marker) or text
+    if not re.search(r"[A-Za-z]{2} +[A-Za-z$\\(]", _LATEX_WORDS.sub("", text)):
+        return text or None
+    sentences = [part for part in re.split(r"\.\$*\s", text) if re.search(r"\d|\$|\\", part)]
+    said = sentences[-1] if sentences else text
+    behind = said.rpartition(" is ")[2]
+    said = behind if re.search(r"\d|\$|\\", behind) else said
+    formulas = [formula.strip() for found in _FORMULA.findall(said) for formula in found if formula]
+    return (formulas or _FIGURES.findall(said) or [text])[-1]
 
 
 def check_file(pool: WorkerPool, path: Path, marker: str | None) -> tuple[dict, list]:

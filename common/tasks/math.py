@@ -1,21 +1,19 @@
 r"""Mathematics: the answer in the last \boxed{...} of a completion, against a gold answer.
 
-A task file like any other (docs/tasks.md). The verdict takes five steps:
+A task file like any other (docs/tasks.md).
 
 1. The answer is the last `\boxed{...}`, else the last `Answer:` line.
-2. Answer and gold are normalised alike: Unicode, markup, currency, thousands.
-3. Equal texts and words are decided as they stand.
-4. Where the gold is a number, or a list, tuple, interval or matrix of numbers, the answer must be
-   one too, written as a number: math-verify calls `8+4+7` equal to 19, and a policy that is paid
-   for that learns within 30 steps to copy the problem's sum into its box.
-5. The rest is for math-verify, if it has parsed every number and letter of both texts: it cuts a
-   text at the first unit, or takes the first formula.
+2. Answer and gold get one spelling: of Unicode, markup, currency, thousands.
+3. Equal texts, words and choices (`(E) 12`) are decided as they stand.
+4. Where the gold is a number, or a list, interval or matrix of them, the answer must be one too,
+   written out: math-verify calls `8+4+7` equal to 19, and a policy that is paid for that learns
+   within 30 steps to copy the problem's sum into its box.
+5. The rest is for math-verify. It cuts a text at the first unit, or takes one formula of it: every
+   number and letter must be in what it has parsed.
 
-Every regular expression here takes linear time. What math-verify computes may take for ever:
-`9^{9^{9^9}}`.
+Every regular expression takes linear time; math-verify may compute for ever: `9^{9^{9^9}}`.
 """
 
-import ast
 import logging
 import math
 import re
@@ -52,8 +50,7 @@ _ANSWER_FORMAT = re.compile(
     r"[^.?!]*[.?!]?\s*\Z",
     re.IGNORECASE,
 )
-# A hyphen between letters is no minus.
-_SYMBOL = re.compile(
+_SYMBOL = re.compile(  # a hyphen between letters is no minus
     r"\\[a-z]+|\d+(?:\.\d+)?|\.\d+|[^\W\d_]|[+*/^=<>|!%()\[\]]|:(?=\s*\d)|'(?=\()"
     r"|-(?![^\W\d_])|(?<![^\W\d_])-"
 )
@@ -65,8 +62,7 @@ def prompt(row: dict) -> str:
         raise ValueError('the row is a list; write {"problem": ..., "answer": ...}')
     problem = row["problem"]
     if isinstance(problem, list):
-        well_formed = all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in problem)
-        if not well_formed:
+        if not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in problem):
             raise ValueError("a list of chat messages must have role and content in each")
         asked = [message["content"] for message in problem if message["role"] == "user"]
         problem = asked[-1] if asked else None
@@ -79,23 +75,18 @@ def prompt(row: dict) -> str:
 
 def golds(row: dict) -> list[str]:
     """Return the right answers: bare, after GSM8K's ####, or out of a worked solution's box."""
-    given = row["answer"]
-    if isinstance(given, str) and given.lstrip().startswith(("['", '["')):
-        try:
-            given = ast.literal_eval(given.strip())  # a list that was saved as its text
-        except (ValueError, SyntaxError):
-            pass
-    found = []
-    for one in given if isinstance(given, list) and given else [given]:
-        if isinstance(one, float) and not math.isfinite(one):
-            raise ValueError(f"the answer {one} is no number")
-        text = format(Decimal(repr(one)), "f") if isinstance(one, float) else str(one)
+    given = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+    texts = []
+    for one in given:
+        text = str(one)
+        if isinstance(one, float):  # str(0.00001) is 1e-05, and json reads NaN and Infinity
+            text = format(Decimal(text), "f") if math.isfinite(one) else ""
         text = text.rpartition("####")[2].strip()
-        text = extract_answer(text) or text
-        if normal(text).lower() in ("", "none", "null", "nan", "proof", "notfound", "not found"):
-            raise ValueError("no answer")
-        found.append(text)
-    return found
+        texts.append(extract_answer(text) or text)
+    none = ("", "none", "null", "nan", "proof", "notfound", "not found")
+    if not texts or any(normal(text).lower() in none for text in texts):
+        raise ValueError("no answer")
+    return texts
 
 
 def gold(row: dict) -> str:
@@ -106,7 +97,7 @@ def gold(row: dict) -> str:
 def key(text: str) -> str:
     r"""Return a problem's lower-cased letters, numbers and signs: `$x$` is `\(x\)`, but 2+3 is not
     2-3."""
-    symbols = _SYMBOL.findall(spelled(_ANSWER_FORMAT.sub("", text)).lower())
+    symbols = _SYMBOL.findall(_spelled(_ANSWER_FORMAT.sub("", text)).lower())
     return "".join(f" {s}" if s[-1].isdigit() or s[0] == "\\" else s for s in symbols) or text
 
 
@@ -115,7 +106,7 @@ def check(row: dict) -> str | None:
     for text in golds(row):
         bare = normal(text)
         known = _numbers(bare) or _WORDS.fullmatch(bare) or _choice(bare)[0]
-        if not known and _read(_without_unit(bare)[0]) is None:
+        if not known and _parse(_without_unit(bare)[0]) is None:
             return f"gold answer {text!r} cannot be read: only an equal string will be right"
     return None
 
@@ -125,7 +116,7 @@ def answer(completion: str) -> str | None:
 
 
 def grade(completion: str, row: dict) -> bool:
-    return any(is_right(answer(completion), text) for text in golds(row))
+    return any(is_right(answer(completion) or "", text) for text in golds(row))
 
 
 def same(one: str, other: str) -> bool:
@@ -187,86 +178,80 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
 
 # === 2. one spelling ===
 
-_TEX_OF = {"−": "-", "‐": "-", "–": "-", "⁄": "/", "∕": "/", "’": "'", "′": "'"} | {
-    sign: rf"\{name} "
-    for sign, name in zip(
-        "×÷⋅·∙≤≥≠≈∞∪∩∈±∅°αβγδεθλμπρστφωΔΓΩ",
-        "times div cdot cdot cdot le ge ne approx infty cup cap in pm emptyset degree alpha beta "
-        "gamma delta epsilon theta lambda mu pi rho sigma tau phi omega Delta Gamma Omega".split(),
-        strict=True,
-    )
-}
-_TEX_OF = str.maketrans(_TEX_OF)
+_NAMES = """× times ÷ div ⋅ cdot · cdot ∙ cdot ≤ le ≥ ge ≠ ne ≈ approx ∞ infty ∪ cup ∩ cap ∈ in ± pm
+∅ emptyset ° degree α alpha β beta γ gamma δ delta ε epsilon θ theta λ lambda μ mu π pi ρ rho
+σ sigma τ tau φ phi ω omega Δ Delta Γ Gamma Ω Omega"""
+_TEX = str.maketrans("−‐–⁄∕’′", "---//''")
+_TEX |= {ord(c): rf"\{name} " for c, name in zip(*[iter(_NAMES.split())] * 2, strict=True)}
 _SUPERSCRIPT = re.compile("[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹ⁿ]+")
 _VULGAR = re.compile("[¼½¾⅐-⅞]")
-_SPELLINGS = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"√\s*(\d+(?:\.\d+)?|[A-Za-z])", r"\\sqrt{\1}"),
-        (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"\\\\\s*\[[^\[\]]*\]", r"\\\\ "),  # \\[4pt]
-        (r"\\(?:left|right)\s*\.", ""),
-        (r"\\(?:left|right|displaystyle|limits|rm|bf|it|large|Large|small)(?![A-Za-z])", ""),
-        (r"(?<!\\)\\[()\[\]]|\\?\$|[€£¥¢]", ""),
-        (r"(?<=\d)(?:\s?\{,\s?\}|,?\\!\s*|\\,|[ \u00a0\u2009\u202f])(?=\d{3}(?!\d))", ""),
-        (r"~|(?<!\\)\\(?:[,;:!> \n]|q?quad(?![A-Za-z]))", " "),
-        (r"\\[dtc]?frac\s*(?![A-Za-z])", r"\\frac"),
-        (r"<=|\\leq(?:slant)?(?![A-Za-z])", r"\\le "),
-        (r">=|\\geq(?:slant)?(?![A-Za-z])", r"\\ge "),
-        (r"!=|\\neq(?![A-Za-z])", r"\\ne "),
-        (r"\\lt(?![A-Za-z])", "<"),
-        (r"\\gt(?![A-Za-z])", ">"),
-        (r"\\%", "%"),
-        (r"\\[lr]brace(?![A-Za-z])", lambda match: rf"\{'{}'[match[0][1] == 'r']}"),
-    )
-]
+_WRAPPER = (
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|sf|it)|emph|underline|boldsymbol|bm|mbox)"
+)
 
 
-def spelled(text: str) -> str:
-    """Return a text with its Unicode as TeX, and one of several spellings of TeX."""
+def _rules(table: str) -> list[tuple[re.Pattern, str]]:
+    r"""Read lines of `PATTERN => REPLACEMENT`; WORD is the end of a command, \040 a space."""
+    table = table.replace("WORD", "(?![A-Za-z])")
+    lines = (line.partition(" =>") for line in table.strip().split("\n"))
+    return [(re.compile(pattern), replacement.strip()) for pattern, _, replacement in lines]
+
+
+_SPELLING = _rules(r"""
+√\s*(\d+(?:\.\d+)?|[A-Za-z]) => \\sqrt{\1}
+√\s*\(([^()]*)\) => \\sqrt{\1}
+\\\\\s*\[[^\[\]]*\] => \\\\
+\\(?:left|right)\s*\. =>
+\\(?:left|right|displaystyle|limits|rm|bf|it|large|Large|small)WORD =>
+(?<!\\)\\[()\[\]]|\\?\$|[€£¥¢] =>
+(?<=\d)(?:\s?\{,\s?\}|,?\\!\s*|\\,| )(?=\d{3}(?!\d)) =>
+~|(?<!\\)\\(?:[,;:!>\s]|q?quad) => \040
+\\[dtc]?frac\s*WORD => \\frac
+<=|\\leq(?:slant)?WORD => \\le\040
+>=|\\geq(?:slant)?WORD => \\ge\040
+!=|\\neqWORD => \\ne\040
+\\ltWORD => <
+\\gtWORD => >
+\\% => %
+\\lbraceWORD => \\{
+\\rbraceWORD => \\}
+""")
+_MARKUP = _rules(r"""
+\^\s*\{?\s*\\circ\s*\}?|\\degreeWORD =>
+(?<=\d)\s*\^?\{?(?:\\(?:text|mathrm)\s*\{)?\s*(?:th|st|nd|rd)WORD\}* =>
+\s*(?:\\text\{\s*(?:and|or)\s*\}|(?<![A-Za-z])(?:and|or)WORD|;)[\s,]* => ,\040
+\\mathbb\s*\{?R\}? => (-\\infty,\\infty)
+\\frac\s*(\d|[a-z](?![a-z])) => \\frac{\1}
+(\\frac\{(?:[^{}]|\{[^{}]*\})*\})\s*(\d|[a-z](?![a-z])) => \1{\2}
+\\sqrt\s*(\d|[a-z](?![a-z])) => \\sqrt{\1}
+(?<![\\A-Za-z])piWORD => \\pi\040
+^\\pm\s*([^,]*)$ => \1, -\1
+^\\\{\s*[a-z]\s*(?:\\mid|\||:)(.*)\\\}$ => \1
+""")
+_WHOLE = re.compile(rf"(?:{_WRAPPER}\s*)?(?<!\\)\{{(.*)\}}", re.DOTALL)
+_RELATION = re.compile(r"(<|>|\\[lg]e(?![a-z]))")
+
+
+def _spelled(text: str) -> str:
     text = _SUPERSCRIPT.sub(lambda match: f"^{{{normalize('NFKC', match[0])}}}", text)
-    text = _VULGAR.sub(
-        lambda m: r"\frac{{{}}}{{{}}}".format(*normalize("NFKC", m[0]).split("⁄")), text
-    )
-    text = normalize("NFKC", text).translate(_TEX_OF)
+    text = _VULGAR.sub(lambda m: normalize("NFKC", rf"\frac{{{m[0]}}}").replace("⁄", "}{"), text)
+    text = normalize("NFKC", text).translate(_TEX)
     text = "".join(char for char in text if category(char) != "Cf")  # zero-width spaces
-    for pattern, replacement in _SPELLINGS:
+    for pattern, replacement in _SPELLING:
         text = pattern.sub(replacement, text)
     return text
 
 
-_WRAPPER = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|sf|it)|emph|underline|boldsymbol|bm|mbox)"
-_WHOLE = re.compile(rf"(?:{_WRAPPER}\s*)?(?<!\\)\{{(.*)\}}", re.DOTALL)
-_REWRITES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])", ""),
-        (r"(?<=\d)\s*\^?\{?(?:\\(?:text|mathrm)\s*\{)?\s*(?:th|st|nd|rd)(?![A-Za-z])\}*", ""),
-        (r"\s*(?:\\text\{\s*(?:and|or)\s*\}|(?<![A-Za-z])(?:and|or)(?![A-Za-z])|;)[\s,]*", ", "),
-        (r"\\mathbb\s*\{?R\}?", r"(-\\infty,\\infty)"),
-        (r"\\frac\s*(\d|[a-z](?![a-z]))", r"\\frac{\1}"),
-        (r"(\\frac\{(?:[^{}]|\{[^{}]*\})*\})\s*(\d|[a-z](?![a-z]))", r"\1{\2}"),
-        (r"\\sqrt\s*(\d|[a-z](?![a-z]))", r"\\sqrt{\1}"),
-        (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi "),
-        (r"^\\pm\s*([^,]*)$", r"\1, -\1"),
-        (r"^\\\{\s*[a-z]\s*(?:\\mid|\||:)(.*)\\\}$", r"\1"),
-    )
-]
-_RELATION = re.compile(r"(<|>|\\[lg]e(?![a-z]))")
-
-
 def normal(text: str) -> str:
-    """Return an answer in one spelling, without markup, degrees, a full stop; `x > 3` as an
+    """Return an answer in one spelling, without markup, degrees or full stop; `x > 3` as an
     interval."""
-    text = spelled(text).strip("* \n").rstrip("\\ ").removesuffix(".").strip()
+    text = _spelled(text).strip("* \n").rstrip("\\ ").removesuffix(".").strip()
     while (whole := _WHOLE.fullmatch(text)) and _split(whole[1] + "}", "}")[0] == whole[1]:
         text = whole[1].strip().removesuffix(".")
-    for pattern, replacement in _REWRITES:
+    for pattern, replacement in _MARKUP:
         text = pattern.sub(replacement, text)
     exact = text.partition(r"\approx")[0].strip()
-    if re.search(r"\d|\\pi", _LABEL.sub("", exact)):
-        text = exact
-    return _as_interval(text.strip())
+    return _as_interval(exact if re.search(r"\d|\\pi", _LABEL.sub("", exact)) else text.strip())
 
 
 def _as_interval(text: str) -> str:
@@ -274,12 +259,11 @@ def _as_interval(text: str) -> str:
     if parts[1:2] in ([">"], [r"\ge"]):
         parts = [{">": "<", r"\ge": r"\le"}.get(part, part) for part in reversed(parts)]
     if len(parts) == 3:
-        from_left = len(parts[0]) == 1 and parts[0].isalpha()
-        parts = [r"-\infty", "<", *parts] if from_left else [*parts, "<", r"\infty"]
-    if len(parts) != 5 or not (len(parts[2]) == 1 and parts[2].isalpha()):
+        x_first = re.fullmatch("[A-Za-z]", parts[0])
+        parts = [r"-\infty", "<", *parts] if x_first else [*parts, "<", r"\infty"]
+    if len(parts) != 5 or not re.fullmatch("[A-Za-z]", parts[2]):
         return text
-    low, opens, _, closes, high = parts
-    return f"{'([' [opens != '<']}{low}, {high}{')]'[closes != '<']}"
+    return f"{'(['[parts[1] != '<']}{parts[0]}, {parts[4]}{')]'[parts[3] != '<']}"
 
 
 def _split(text: str, separator: str) -> list[str]:
@@ -293,56 +277,46 @@ def _split(text: str, separator: str) -> list[str]:
     return [*parts, text[start:]]
 
 
-# === 3. words and units ===
+# === 3. words, choices, units ===
 
 _WORDS = re.compile(r"[A-Za-z]{2,3}|[A-Za-z]{4}[A-Za-z .'-]*")
 _TEXT = re.compile(rf"{_WRAPPER}\s*\{{([^{{}}\\]*)\}}")
-# What follows a number and is no unit of it.
-_NUMBER_WORDS = set(
-    "and or if plus minus less times over squared cubed mod choose sqrt factorial pi sin cos tan "
-    "log ln exp hundred thousand million billion trillion dozen half halves third thirds quarter "
-    "quarters one two three four five six seven eight nine ten divided by to power".split()
+_CHOICE = re.compile(
+    rf"(?:{_WRAPPER}\s*\{{)?\s*\(([A-Z])\)\s*\}}?(.*)|([A-Z])(?:[.:)]\s.*)?", re.DOTALL
 )
-_UNITS = dict(
-    pair.split(":")
-    for pair in "meter:m metre:m centimeter:cm centimetre:cm kilometer:km kilometre:km mile:mi "
-    "foot:ft feet:ft inch:in inche:in yard:yd hour:h hr:h minute:min second:s sec:s gram:g "
-    "kilogram:kg pound:lb liter:l litre:l dollar:usd cent:cent".split()
+# What follows a number and makes it another one.
+_NO_UNIT = re.compile(
+    r"\b(?:and|or|if|plus|minus|less|times|over|squared|cubed|mod|choose|sqrt|factorial|pi|sin|cos|tan"
+    "|log|ln|exp|[a-z]*illion|hundred|thousand|dozen|half|halves|thirds?|quarters?|one|two|three|four"
+    r"|five|six|seven|eight|nine|ten|divided|by|to|power)\b"
 )
-_SHORT_UNITS = set(
-    "cm mm km mi ft in yd hr min sec kg mg lb oz ml am pm mph men man day cup box car boy of per "
-    "sq unit usd".split()
-)
-_UNIT = re.compile(r"(?:[A-Za-z]|[\s/.]|\\cdot|\^\s*\{?-?\d\}?)*")
-
-
-def _unit(tail: str) -> str | None:
-    """Return the unit that follows a number, None for anything else: `x`, `million`, `+4`."""
-    if not tail.strip():
-        return ""
-    if re.fullmatch(r"_\{?\d+\}?", tail):
-        return tail.strip("_{}")  # the base of 52_8
-    bare, text = _TEXT.sub(" ", tail), _TEXT.sub(r" \1 ", tail).replace(".", "")
-    words = re.findall(r"[A-Za-z]+", text.replace(r"\cdot", " ").lower())
-    if not words or not _UNIT.fullmatch(text) or _NUMBER_WORDS.intersection(words):
-        return None
-    for found in re.finditer(r"(/\s*)?([A-Za-z]+)", bare.replace(r"\cdot", " ")):
-        word, attached = found[2].lower(), found.start() == 0
-        known = word in _SHORT_UNITS or word.removesuffix("s") in _UNITS
-        if not (known or found[1] or (len(word) > 3 and not attached)):
-            return None
-    units = [_UNITS.get(word.removesuffix("s"), word.removesuffix("s")) for word in words]
-    power = {"square": "2", "sq": "2", "cubic": "3"}
-    signs = [*re.findall(r"/|-?\d", text), *(power[u] for u in units if u in power)]
-    return " ".join([*(u for u in units if u not in (*power, "per")), *signs])
+_UNITS = """2 square sq|3 cubic|/ per|m meter metre|cm centimeter centimetre|mm|km kilometer
+kilometre|mi mile|ft foot feet|in inch inche|yd yard|h hr hour|min minute|s sec second|g gram|mg|oz
+|ml|mph|kg kilogram|lb pound|l liter litre|dollar|cent|am|pm|men|man|day|cup|box|of|unit"""
+_UNITS = {name: names.split()[0] for names in _UNITS.split("|") for name in names.split()}
+_UNIT = re.compile(r"(?:[A-Za-z\s/]|\^\s*\{?-?\d\}?)*")
 
 
 def _choice(text: str) -> tuple[str | None, str]:
-    """Return the letter of a multiple choice, `E` or `(E) 12`, and what stands behind it."""
-    found = re.fullmatch(
-        rf"(?:{_WRAPPER}\s*\{{)?\s*\(([A-Z])\)\s*\}}?(.*)|([A-Z])(?:[.:)]\s.*)?", text, re.DOTALL
-    )
+    """Return the letter of `E`, `(E)` or `(E) 12`, and what stands behind it."""
+    found = _CHOICE.fullmatch(text)
     return (found[1] or found[3], (found[2] or "").strip()) if found else (None, "")
+
+
+def _unit(tail: str) -> str | None:
+    """Return the unit that a number's tail is; None for any other: `x`, `million`, `+4`."""
+    if re.fullmatch(r"\s*|_\{?\d+\}?", tail):
+        return tail.strip("_{} ")  # the base of 52_8
+    text = _TEXT.sub(r" \1 ", tail).replace(r"\cdot", " ").replace(".", "")
+    words = re.findall("[a-z]+", text.lower())
+    if not words or not _UNIT.fullmatch(text) or _NO_UNIT.search(text.lower()):
+        return None
+    for found in re.finditer(r"(/\s*)?([A-Za-z]+)", _TEXT.sub(" ", tail)):
+        word, apart = found[2].lower(), found[1] or (len(found[2]) > 3 and found.start() > 0)
+        if not apart and (len(word) == 1 or word.removesuffix("s") not in _UNITS):
+            return None
+    words = [_UNITS.get(word.removesuffix("s"), word.removesuffix("s")) for word in words]
+    return " ".join(sorted([*words, *re.findall(r"/|-?\d", text)]))
 
 
 # === 4. numbers ===
@@ -350,31 +324,14 @@ def _choice(text: str) -> tuple[str | None, str]:
 
 class Number(NamedTuple):
     value: Fraction | float
-    is_fraction: bool = False
-    is_percent: bool = False
-    unit: str = ""
+    is_fraction: bool
+    is_percent: bool
+    unit: str
 
 
 _EQUALS = re.compile(r"=|\\approx|\\in(?![a-z])|(?<=[a-z]{2}):|\b(?:is|are)\b:?")
 _LABEL = re.compile(r"_(?:\w|\{[^{}]*\})|\([^()]*\)")
-_VARIABLE = re.compile(r"(?<![\\A-Za-z])(?!\\)(?![ei](?![A-Za-z]))[A-Za-z]")
-
-
-def _right_side(text: str, arithmetic: bool = False) -> str:
-    r"""Return what stands behind `x =`, `f(3) =`, `\angle ABC =`, `the answer is`, and if asked
-    behind `8 + 4 =`; else the text: `x + y = 5` says nothing of x."""
-    *_, last = [None, *_EQUALS.finditer(text)]
-    if last is None:
-        return text
-    for head in text[: last.start()].split("="):
-        head = _LABEL.sub("(", head)
-        named = not re.search(r"[-+*/^<>,\d]", head) and (arithmetic or re.search("[A-Za-z(]", head))
-        if head.strip() and not named:
-            if not arithmetic or last[0] != "=" or "," in head or _VARIABLE.search(head):
-                return text
-    return text[last.end() :].strip()
-
-
+_VARIABLE = re.compile(r"(?<![\\A-Za-z])(?![ei](?![A-Za-z]))[A-Za-z]")
 _NUMBER = re.compile(
     r"(?P<sign>[+-]?)\s*(?:10\s*\^\s*\{?(?P<ten>[+-]?\d{1,3})(?!\d)\}?"
     r"|(?:(?P<whole>\d+)\s*)?\\frac\{(?P<minus>-?)(?P<over>\d+)\}\{(?P<under>\d+)\}"
@@ -384,9 +341,53 @@ _NUMBER = re.compile(
     r"|(?P<infinity>\\infty))(?P<percent>\s*(?:%|percent(?:age)?|per cent|pct))?"
 )
 _SLASH = re.compile(r"(?<![\d.,/^_}])(\d+)\.?\s*/\s*(\d+)(?![\d.^])")
-
-
 _MATRIX = re.compile(r"\\begin\{([pb]?matrix|array)\}(?:\{[clr|]*\})?(.*?)\\end\{\1\}", re.DOTALL)
+
+
+def _number(text: str) -> Number | None:
+    """Return a number with its unit; None where anything is left to work out."""
+    text = _SLASH.sub(r"\\frac{\1}{\2}", text)
+    found = _NUMBER.match(text)
+    unit = _unit(text[found.end() :]) if found else None
+    if unit is None:
+        return None
+    if found["over"]:
+        over, under, whole = (int(found[name] or 0) for name in ("over", "under", "whole"))
+        if under == 0 or (whole and over >= under):
+            return None  # `8 \frac{22}{2}`
+        value = whole + Fraction(-over if found["minus"] else over, under)
+    else:
+        digits, again = (found["digits"] or "1").replace(",", "").rstrip("."), found["again"]
+        value = Fraction(digits)
+        if again:
+            value += Fraction(
+                int(again), (10 ** len(again) - 1) * 10 ** len(digits.partition(".")[2])
+            )
+        value *= Fraction(10) ** int(found["ten"] or found["power"] or found["e"] or 0)
+    value = math.inf if found["infinity"] else value
+    value = -value if found["sign"] == "-" else value
+    return Number(value, bool(found["over"]), bool(found["percent"]), unit)
+
+
+def _numbers(text: str) -> Number | tuple | None:
+    """Return a number, or (brackets, members) of a list, interval or matrix of numbers, at any
+    depth; None where a member is anything else."""
+    text = _MATRIX.sub(_as_lists, text.strip())
+    if one := _number(text):
+        return one
+    if (right := _right_side(text, arithmetic=True)) != text:
+        return _numbers(right)
+    for separator in (r"\cup", ","):
+        if len(parts := _split(text, separator)) > 1:
+            members = [_numbers(part) for part in parts]
+            return None if None in members else (separator, members)
+    brackets = re.fullmatch(r"(\\\{|[(\[])(.*?)(\\\}|[)\]])", text, re.DOTALL)
+    inner = _numbers(brackets[2]) if brackets else None
+    if isinstance(inner, Number) and "[[" in text:
+        return "[]", [inner]  # a column of a matrix
+    if isinstance(inner, tuple) and inner[0] == "," and brackets[1] != r"\{":
+        return brackets[1] + brackets[3], inner[1]
+    return inner
 
 
 def _as_lists(matrix: re.Match) -> str:
@@ -394,65 +395,33 @@ def _as_lists(matrix: re.Match) -> str:
     return f"[[{rows}]]"
 
 
-def _number(text: str) -> Number | None:
-    """Return a number with its unit; None where anything is left to work out."""
-    text = _SLASH.sub(r"\\frac{\1}{\2}", text.strip())
-    found = _NUMBER.match(text)
-    unit = _unit(text[found.end() :]) if found else None
-    if unit is None:
-        return None
-    if found["infinity"]:
-        value = math.inf
-    elif found["over"]:
-        over, under = int(found["over"]), int(found["under"])
-        if under == 0 or (found["whole"] and over >= under):
-            return None  # `8 \frac{22}{2}`
-        value = Fraction(over, under) * (-1 if found["minus"] else 1) + int(found["whole"] or 0)
-    else:
-        digits = (found["digits"] or "1").replace(",", "")
-        value = Fraction(digits.rstrip("."))
-        if again := found["again"]:
-            value += Fraction(int(again), 10 ** len(digits.partition(".")[2]) * (10 ** len(again) - 1))
-        value *= Fraction(10) ** int(found["ten"] or found["power"] or found["e"] or 0)
-    value = -value if found["sign"] == "-" else value
-    return Number(value, bool(found["over"]), bool(found["percent"]), unit)
-
-
-def _numbers(text: str) -> Number | tuple | None:
-    """Return a number, or (brackets, members) of a list, tuple, interval or matrix of numbers at
-    any depth; None where a member is anything else."""
-    text = _MATRIX.sub(_as_lists, text.strip())
-    one = _number(text)
-    if one is not None:
-        return one
-    if (right := _right_side(text, arithmetic=True)) != text:
-        return _numbers(right)
-    for separator in (r"\cup", ","):
-        parts = _split(text, separator)
-        if len(parts) > 1:
-            members = tuple(_numbers(part) for part in parts)
-            return None if None in members else (separator, members)
-    brackets = re.fullmatch(r"(\\\{|[(\[])(.*?)(\\\}|[)\]])", text, re.DOTALL)
-    inner = _numbers(brackets[2]) if brackets else None
-    if isinstance(inner, Number) and "[[" in text:  # a matrix of one column keeps its rows
-        return "[]", (inner,)
-    if isinstance(inner, tuple) and inner[0] == "," and brackets[1] != r"\{":
-        return brackets[1] + brackets[3], inner[1]
-    return inner
+def _right_side(text: str, arithmetic: bool = False) -> str:
+    r"""Return what stands behind `x =`, `f(3) =`, `\angle ABC =`, `the answer is`, and if asked
+    behind `8 + 4 =`; else the text: `x + y = 5` says nothing of x."""
+    *_, last = [None, *_EQUALS.finditer(text)]
+    for head in _LABEL.sub("(", text[: last.start()]).split("=") if last else [text]:
+        named = re.search("[A-Za-z(]", head) and not re.search(r"[-+*/^<>,\d]", head)
+        worked = arithmetic and last and last[0] == "=" and not re.search(",", head)
+        if head.strip() and not named and (not worked or _VARIABLE.search(head)):
+            return text
+    return text[last.end() :].strip() if last else text
 
 
 def _agree(answer: Number | tuple, gold: Number | tuple) -> bool:
     if isinstance(gold, Number) and isinstance(answer, Number):
-        if answer.unit != gold.unit and answer.unit and (gold.unit or answer.unit.isdigit()):
+        if answer.unit not in ("", gold.unit) and (gold.unit or answer.unit.isdigit()):
             return False
-        if answer.is_fraction and not gold.is_fraction and gold.value.denominator == 1:
-            return False
-        if answer.is_percent == gold.is_percent:
-            return _close(answer.value, gold.value)
-        wholes = [{n.value, n.value / 100} if n.is_percent else {n.value} for n in (answer, gold)]
-        return bool(wholes[0] & wholes[1])
+        whole = gold.value in (math.inf, -math.inf) or gold.value.denominator == 1
+        if whole and answer.is_fraction and not gold.is_fraction:
+            return False  # 12/4 for 3
+        if answer.is_percent != gold.is_percent:
+            both = [{n.value, n.value / 100 if n.is_percent else n.value} for n in (answer, gold)]
+            return bool(both[0] & both[1])
+        if whole or math.isinf(answer.value):
+            return answer.value == gold.value
+        return abs(answer.value - gold.value) <= min(1, abs(gold.value)) / 10**6  # 0.3333333
     if isinstance(gold, Number):
-        gold = (",", (gold,))  # `\boxed{6} ... \boxed{6}`
+        gold = (",", [gold])  # `\boxed{6} ... \boxed{6}`
     if isinstance(answer, Number) or answer[0] != gold[0]:
         return False
     if gold[0] not in (",", r"\cup"):
@@ -461,136 +430,107 @@ def _agree(answer: Number | tuple, gold: Number | tuple) -> bool:
     return all(map(any, pairs)) and all(map(any, zip(*pairs, strict=True)))
 
 
-def _close(value: Fraction | float, wanted: Fraction | float) -> bool:
-    """Tell whether values are equal; 0.3333333 is a third."""
-    if value == wanted or math.inf in (abs(value), abs(wanted)) or wanted.denominator == 1:
-        return value == wanted
-    return abs(value - wanted) <= min(1, abs(wanted)) / 10**6
+# === 5. the verdict ===
 
-
-# === 5. the rest ===
+_NUMERAL = re.compile(r"\d+\.?\d*|\.\d+")
+_COMMAND = re.compile(r"\\(?:begin|end)\{\w+\}|\\[A-Za-z]+|\b(?:sin|cos|tan|log|ln|exp|sqrt)\b")
+_ARITHMETIC = {r"\frac", r"\sqrt", r"\pi", r"\cdot", r"\times", r"\infty", r"\cup", r"\pm"}
 
 
 def is_right(answer: str, gold: str) -> bool:
     """Tell whether an answer means what the gold answer does. Not symmetric."""
-    if answer == gold:
-        return True
-    if max(len(answer), len(gold)) > MAX_ANSWER_CHARS:
-        return False
+    if answer == gold or max(len(answer), len(gold)) > MAX_ANSWER_CHARS:
+        return answer == gold
     answer, gold = normal(answer), normal(gold)
     if _squeezed(answer) == _squeezed(gold):
         return True
     letter, behind = _choice(gold)
     if letter:
         return _choice(answer)[0] == letter or (behind != "" and is_right(answer, behind))
-    wanted = _numbers(gold)
-    if wanted is not None:
+    if wanted := _numbers(gold):
         given = _numbers(answer)
         return given is not None and _agree(given, wanted)
     if _WORDS.fullmatch(gold) and (_WORDS.fullmatch(answer) or len(gold) > 3):
         return False  # to math-verify a word is the product of its letters
-    return _same_expression(answer, gold)
+    (answer, unit), (gold, gold_unit) = _without_unit(answer), _without_unit(gold)
+    if ("=" in answer) != ("=" in gold):
+        answer, gold = (", ".join(map(_right_side, _split(t, ","))) for t in (answer, gold))
+    comparable = ("=" in answer) == ("=" in gold) and (not unit or unit == (gold_unit or unit))
+    return comparable and _is_finished(answer, gold) and _are_equal(answer, gold)
 
 
 def _squeezed(text: str) -> str:
-    """Return a text without \text{} and the spaces that part no digits."""
+    r"""Return a text without \text{} and the spaces that part no digits."""
     return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", _TEXT.sub(r"\1", text)).lower()
 
 
 def _without_unit(text: str) -> tuple[str, str]:
-    """Return an expression and the unit behind it."""
     for found in re.finditer(rf"(?<=[\w\s}})])\s*{_WRAPPER}\s*\{{", text):
-        unit = _unit(text[found.start() :])
-        if unit is not None:
+        if (unit := _unit(text[found.start() :])) is not None:
             return text[: found.start()], unit
     return text, ""
 
 
-def _same_expression(answer: str, gold: str) -> bool:
-    (answer, unit), (gold, gold_unit) = _without_unit(answer), _without_unit(gold)
-    if unit and gold_unit and unit != gold_unit:
-        return False
-    value, wanted_value = (
-        ", ".join(map(_right_side, _split(text, ","))) for text in (answer, gold)
+def _is_finished(answer: str, gold: str) -> bool:
+    r"""Tell whether an answer for a number such as `5\sqrt{3}` has no more sums than it, no
+    larger numerals, at most one more of them, and no other functions. For a gold answer with variables any expression will do."""
+    if _VARIABLE.search(_COMMAND.sub(" ", gold)):
+        return True
+    found = [[float(n) for n in _NUMERAL.findall(text)] for text in (answer, gold)]
+    longer = len(found[0]) > len(found[1]) + 1 or max(found[0], default=0) > max(
+        found[1], default=1
     )
-    if value != answer or "=" not in answer:
-        gold = wanted_value
-    if wanted_value != gold or "=" not in gold:
-        answer = value
-    if ("=" in answer) != ("=" in gold):
+    sums = [len(re.findall(r"[\w})]\s*[+-]", text)) for text in (answer, gold)]
+    others = set(_COMMAND.findall(answer)) - set(_COMMAND.findall(gold)) - _ARITHMETIC
+    return not (others or "!" in answer or longer or sums[0] > sums[1])
+
+
+def _are_equal(answer: str, gold: str) -> bool:
+    wanted, given = _parse(gold), _parse(answer)
+    if wanted is None or given is None:
         return False
-    wanted = _read(gold)
-    if wanted is None:
+    if not _math_verify().verify([wanted], [given], timeout_seconds=None):
         return False
-    if not _is_finished(answer, gold):
-        return False
-    given = _read(answer)
-    if given is None or not math_verify().verify([wanted], [given], timeout_seconds=None):
-        return False
-    if not (getattr(wanted, "is_number", False) and getattr(given, "is_number", False)):
+    if not all(getattr(tree, "is_number", False) for tree in (wanted, given)):
         return True
     # It rounds to 6 places: to it, 0.0 is every number below 5e-7.
     return bool(abs(wanted.evalf() - given.evalf()) <= 1e-5 * abs(wanted.evalf()))
 
 
-_NUMERAL = re.compile(r"\d+\.?\d*|\.\d+")
-_COMMAND = re.compile(r"\\(?:begin|end)\{\w+\}|\\[A-Za-z]+|\b(?:sin|cos|tan|log|ln|exp|sqrt)\b")
-
-
-def _read(text: str):
+def _parse(text: str):
     """Return what math-verify parses; None if a number or letter of the text is not in it."""
-    library = math_verify()
-    settings = library.LatexExtractionConfig(normalization_config=library.SPELLING)
-    text = text.replace("%", r"\%")
+    library, escaped = _math_verify(), text.replace("%", r"\%")
     trees = library.parse(
-        rf"\boxed{{{text}}}", [settings], parsing_timeout=None, extraction_mode="first_match",
+        rf"\boxed{{{escaped}}}",
+        [library.LatexExtractionConfig(normalization_config=library.spelling)],
+        parsing_timeout=None,  # it uses signals, and has been seen to hang
+        extraction_mode="first_match",
         fallback_mode="no_fallback",
     )
-    if not trees or isinstance(trees[0], str):
+    if not trees:
         return None
-    tree = trees[0]
-    atoms = tree.atoms() | tree.atoms(library.Function)
+    atoms = trees[0].atoms() | trees[0].atoms(library.Function)
     letters = "".join(str(atom.func if atom.args else atom) for atom in atoms).lower()
-    numbers = {float(n) for n in _NUMERAL.findall(str(tree))} | {0.0, 1.0}
+    numbers = {0.0, 1.0, *map(float, _NUMERAL.findall(str(trees[0])))}
     bare = _COMMAND.sub(" ", text)
-    seen = all(letter in letters for letter in re.findall("[a-z]", bare.lower()))
-    return tree if seen and {float(n) for n in _NUMERAL.findall(bare)} <= numbers else None
+    seen = set(re.findall("[a-z]", bare.lower())) <= set(letters)
+    return trees[0] if seen and numbers.issuperset(map(float, _NUMERAL.findall(bare))) else None
 
 
-def _is_finished(answer: str, gold: str) -> bool:
-    r"""Tell whether an answer for a number such as `5\sqrt{3}` has no more sums, hardly more
-    numerals, and no other functions than it. Golds with variables may be answered by any
-    expression."""
-    if re.search(r"[a-zA-Z]", re.sub(r"\\[A-Za-z]+|(?<![a-z])[ei](?![a-z])", " ", gold)):
-        return True
-    counts = []
-    for text in (answer, gold):
-        numerals = [n for n in _NUMERAL.findall(text) if float(n) != 1]
-        counts.append((len(re.findall(r"[\w})]\s*[+-]", text)), len(numerals)))
-    (sums, numerals), (gold_sums, gold_numerals) = counts
-    others = set(_COMMAND.findall(answer)) - set(_COMMAND.findall(gold)) - _ARITHMETIC
-    return not others and "!" not in answer and sums <= gold_sums and numerals <= gold_numerals + SLACK
-
-
-SLACK = 1
-_ARITHMETIC = {r"\frac", r"\sqrt", r"\pi", r"\cdot", r"\times", r"\infty", r"\cup", r"\pm"}
-
-
-def math_verify():
-    """The module, whose import and first call take longest: no item pays for them."""
-    global _math_verify
-    if _math_verify is None:
+def _math_verify():
+    """Return the module, whose import and first call take longest: no item pays for them."""
+    global _module
+    if _module is None:
         with untimed():
-            import math_verify as _math_verify
+            import math_verify as _module
             from latex2sympy2_extended import NormalizationConfig
             from sympy import Function
-            logging.disable()  # it warns that its time-outs, which use signals and hang, are off
-            _math_verify.Function = Function
-            _math_verify.SPELLING = NormalizationConfig(
-                basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all"
-            )
-            _math_verify.verify(_math_verify.parse("1+\\sqrt{3}", parsing_timeout=None), _math_verify.parse("1", parsing_timeout=None), timeout_seconds=None)
-    return _math_verify
+
+            logging.disable()  # it warns that its own time-outs are off
+            _module.Function = Function
+            _module.spelling = NormalizationConfig(malformed_operators=True, nits=True)  # no units
+            _are_equal(r"1+\sqrt{3}", r"\sqrt{3}+1")
+    return _module
 
 
-_math_verify = None
+_module = None
