@@ -11,7 +11,7 @@ import opd
 from common.run.errors import UserError
 from common.run.inputs import ROOT, inputs_of
 from common.tasks import data
-from common.tasks.math.task import instruction, key
+from common.tasks.math import instruction, key
 
 
 def write(path, rows) -> str:

@@ -312,8 +312,8 @@ def _unit(tail: str) -> str | None:
     if not words or not _UNIT.fullmatch(text) or _NO_UNIT.search(text.lower()):
         return None
     for found in re.finditer(r"(/\s*)?([A-Za-z]+)", _TEXT.sub(" ", tail)):
-        word, apart = found[2].lower(), found[1] or (len(found[2]) > 3 and found.start() > 0)
-        if not apart and (len(word) == 1 or word.removesuffix("s") not in _UNITS):
+        known = found[2].lower().removesuffix("s") in _UNITS and (found[1] or len(found[2]) > 1)
+        if not known and (found[1] or len(found[2]) < 4 or found.start() == 0):
             return None
     words = [_UNITS.get(word.removesuffix("s"), word.removesuffix("s")) for word in words]
     return " ".join(sorted([*words, *re.findall(r"/|-?\d", text)]))
@@ -473,7 +473,8 @@ def _without_unit(text: str) -> tuple[str, str]:
 
 def _is_finished(answer: str, gold: str) -> bool:
     r"""Tell whether an answer for a number such as `5\sqrt{3}` has no more sums than it, no
-    larger numerals, at most one more of them, and no other functions. For a gold answer with variables any expression will do."""
+    larger numerals, at most one more of them, and no other functions. Of a gold answer with
+    variables any expression will do."""
     if _VARIABLE.search(_COMMAND.sub(" ", gold)):
         return True
     found = [[float(n) for n in _NUMERAL.findall(text)] for text in (answer, gold)]
