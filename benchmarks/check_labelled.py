@@ -53,11 +53,8 @@ def judge(
 ) -> list[tuple[str, str | None]]:
     """(outcome, answer) of each text. Labelled rows hold bare answers and sentences."""
     answers = [said_answer(answering_part(text), marker) for text in texts]
-    golds = [
-        extract_answer(gold)
-        or (said_answer(gold) if "answer is" in gold or r"\\boxed" in gold else gold)
-        for gold in golds
-    ]
+    sentences = [gold for gold in golds if "answer is" in gold or r"\\boxed" in gold]
+    golds = [extract_answer(g) or (g in sentences and said_answer(g)) or g for g in golds]
     asked = [i for i, answer in enumerate(answers) if answer is not None]
     replies = pool.call("is_right", [[answers[i], golds[i]] for i in asked])
     outcomes = dict.fromkeys(range(len(texts)), "no_answer")

@@ -146,6 +146,7 @@ Evelyn. => \text{Evelyn}   \left(3, 4\right). => (3,4)   {(3, 4)} => (3,4)   3+4
 \textbf{(E)}\ 12 => E   E => \textbf{(E)}\ 12   12 => \textbf{(E)}\ 12   12^{\mathrm{th}} => 12
 a=-2, b=-2 => -2,-2   pi/2 => \frac{\pi}{2}   12dollars => 12   \frac{a+b}c => \frac{a+b}{c}
 0.\overline{3} => \frac13   x>3 => (3,\infty)   12 \text{ m} => 12   0.3333333 => 1/3
+-x > -1 => x < 1   1,000.99m^2 => 1000.99
 """
 UNICODE = r"""
 √2 => \sqrt{2}   x²+1 => x^2+1   10³ => 1000   ½ => 0.5   3½ => 3.5   (−∞, 3] => (-\infty,3]

@@ -255,6 +255,8 @@ def normal(text: str) -> str:
 
 
 def _as_interval(text: str) -> str:
+    if negated := re.fullmatch(r"-([A-Za-z])\s*(<|>|\\[lg]e)\s*(-?)([\d.]+)", text):
+        text = f"{'' if negated[3] else '-'}{negated[4]} {negated[2]} {negated[1]}"
     parts = [part.strip() for part in _RELATION.split(text)]
     if parts[1:2] in ([">"], [r"\ge"]):
         parts = [{">": "<", r"\ge": r"\le"}.get(part, part) for part in reversed(parts)]
@@ -311,7 +313,8 @@ def _unit(tail: str) -> str | None:
     words = re.findall("[a-z]+", text.lower())
     if not words or not _UNIT.fullmatch(text) or _NO_UNIT.search(text.lower()):
         return None
-    for found in re.finditer(r"(/\s*)?([A-Za-z]+)", _TEXT.sub(" ", tail)):
+    bare = re.sub(r"\bm(?=\^)", "meter", _TEXT.sub(" ", tail))
+    for found in re.finditer(r"(/\s*)?([A-Za-z]+)", bare):
         known = found[2].lower().removesuffix("s") in _UNITS and (found[1] or len(found[2]) > 1)
         if not known and (found[1] or len(found[2]) < 4 or found.start() == 0):
             return None
