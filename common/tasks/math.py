@@ -121,7 +121,7 @@ def grade(completion: str, row: dict) -> bool:
 
 
 def same(one: str, other: str) -> bool:
-    """Compare both ways: to an undone sum as gold answer its value is right, not the other way round."""
+    """Compare both ways: to an undone sum as gold its value is right, not the other way round."""
     return is_right(one, other) and is_right(other, one)
 
 
