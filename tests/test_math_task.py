@@ -102,7 +102,8 @@ The total is 12x => 12   there are 12! ways => 12   84\text{ million} => 84   12
 the answer is e^{\ln 36} => 36   the answer is 12π => 12   0.0000004\% => 10^{-7}   6xy => 6
 18 \frac{2}{2} => 19   1.9 \times 10 => 19   8 and 11 => 19   ８＋１１ => 19   \text{8+11} => 19
 8 plus 11 => 19   19/1 => 19   (8)(2) => 16   6, 7 => 6   6 \text{ or } 7 => 6   - -6 => 6
-e-5 => 0.00001   \{3,5\} => (3,5)   5 \text{ if } x>0, 6 \text{ otherwise} => 5   (8+11) => 19
+e-5 => 0.00001   10^{999} => 5   10^{999} => 0.5   \infty => 0.5
+100/2 => 50\%   \{3,5\} => (3,5)   5 \text{ if } x>0, 6 \text{ otherwise} => 5   (8+11) => 19
 """
 NOT_FINISHED = r"""
 \sqrt{12}+\sqrt{27} => 5\sqrt{3}   (1+\sqrt{2})(3-\sqrt{2}) => 1+2\sqrt{2}   \ln 24-\ln 2 => \ln 12
@@ -146,7 +147,7 @@ Evelyn. => \text{Evelyn}   \left(3, 4\right). => (3,4)   {(3, 4)} => (3,4)   3+4
 \textbf{(E)}\ 12 => E   E => \textbf{(E)}\ 12   12 => \textbf{(E)}\ 12   12^{\mathrm{th}} => 12
 a=-2, b=-2 => -2,-2   pi/2 => \frac{\pi}{2}   12dollars => 12   \frac{a+b}c => \frac{a+b}{c}
 0.\overline{3} => \frac13   x>3 => (3,\infty)   12 \text{ m} => 12   0.3333333 => 1/3
--x > -1 => x < 1   1,000.99m^2 => 1000.99
+-x > -1 => x < 1   \frac{1}{2} => 50\%   1,000.99m^2 => 1000.99
 """
 UNICODE = r"""
 √2 => \sqrt{2}   x²+1 => x^2+1   10³ => 1000   ½ => 0.5   3½ => 3.5   (−∞, 3] => (-\infty,3]

@@ -287,7 +287,7 @@ def _split(text: str, separator: str) -> list[str]:
 _WORDS = re.compile(r"[A-Za-z]{2,3}|[A-Za-z]{4}[A-Za-z .'-]*")
 _TEXT = re.compile(rf"{_WRAPPER}\s*\{{([^{{}}\\]*)\}}")
 _CHOICE = re.compile(
-    rf"(?:{_WRAPPER}\s*\{{)?\s*\(([A-Z])\)\s*\}}?(.*)|([A-Z])(?:[.:)]\s.*)?", re.DOTALL
+    rf"(?:{_WRAPPER}\s*\{{)?\s*\(([A-Z])\)\s*\}}?(.*)|([A-Z])(?:[.:)](?:\s.*)?)?", re.DOTALL
 )
 # What follows a number and makes it another one.
 _NO_UNIT = re.compile(
@@ -419,13 +419,13 @@ def _agree(answer: Number | tuple, gold: Number | tuple) -> bool:
     if isinstance(gold, Number) and isinstance(answer, Number):
         if answer.unit not in ("", gold.unit) and (gold.unit or answer.unit.isdigit()):
             return False
-        whole = gold.value in (math.inf, -math.inf) or gold.value.denominator == 1
-        if whole and answer.is_fraction and not gold.is_fraction:
+        if answer.is_fraction and not gold.is_fraction and answer.value.denominator == 1:
             return False  # 12/4 for 3
         if answer.is_percent != gold.is_percent:
             both = [{n.value, n.value / 100 if n.is_percent else n.value} for n in (answer, gold)]
             return bool(both[0] & both[1])
-        if whole or math.isinf(answer.value):
+        infinite = math.inf in (abs(answer.value), abs(gold.value))
+        if infinite or gold.value.denominator == 1:
             return answer.value == gold.value
         return abs(answer.value - gold.value) <= min(1, abs(gold.value)) / 10**6  # 0.3333333
     if isinstance(gold, Number):
@@ -485,10 +485,8 @@ def _is_finished(answer: str, gold: str) -> bool:
     variables any expression will do."""
     if _VARIABLE.search(_COMMAND.sub(" ", gold)):
         return True
-    found = [[float(n) for n in _NUMERAL.findall(text)] for text in (answer, gold)]
-    longer = len(found[0]) > len(found[1]) + 1 or max(found[0], default=0) > max(
-        found[1], default=1
-    )
+    found, wanted = ([float(n) for n in _NUMERAL.findall(text)] for text in (answer, gold))
+    longer = len(found) > len(wanted) + 1 or max([*found, 0]) > max([*wanted, 1])
     sums = [len(re.findall(r"[\w})]\s*[+-]", text)) for text in (answer, gold)]
     others = set(_COMMAND.findall(answer)) - set(_COMMAND.findall(gold)) - _ARITHMETIC
     return not (others or "!" in answer or longer or sums[0] > sums[1])
