@@ -105,6 +105,32 @@ the answer is e^{\ln 36} => 36   the answer is 12π => 12   0.0000004\% => 10^{-
 e-5 => 0.00001   10^{999} => 5   10^{999} => 0.5   \infty => 0.5
 100/2 => 50\%   \{3,5\} => (3,5)   5 \text{ if } x>0, 6 \text{ otherwise} => 5   (8+11) => 19
 """
+# What a policy might write for the sum, or another way round to the number.
+HOSTILE = r"""
+19 \text{ since 8+11} => 19   8+11\text{ i.e. 19} => 19   8+11 \Rightarrow 19 => 19
+8+11 \to 19 => 19   8+11 \equiv 19 => 19   8+11, 19 => 19   \overline{8+11} => 19
+8\overline{11} => 19   \frac{8+11}{1} => 19   19\%+0 => 19   8e0+11 => 19   {8+11} => 19
+{{8}+{11}} => 19   \mathrm{8+11} => 19   \mbox{8+11} => 19   8\phantom{+}11 => 19
+8 \oplus 11 => 19   ⁸+11 => 19   8⁺11 => 19   ⅛+⅛ => 1/4   ¼+¼ => 1/2   2¼-1 => 5/4
+3/4-1/4 => 1/2   1/2/1 => 1/2   \frac{1}{2} \cdot 1 => 1/2   1+1/2 => 3/2   1 + \frac12 => 1.5
+3 \div 2 => 1.5   3:2 => 1.5   3 over 2 => 1.5   50\% + 1 => 1.5   0.75 \times 2 => 1.5
+7.5e-1*2 => 1.5   x = 3/1 => 3   x_{8+11} = 8+11 => 19   8+11 = 8+11 = 8 + 11 => 19
+the sum 8+11 is 8+11 => 19   is 8+11 => 19   = 8+11 => 19   \in 8+11 => 19   19 apples + 0 => 19
+8 apples and 11 pears => 19   8 apples + 11 apples => 19   \sqrt[3]{8} => 2   √4 => 2
+4^{1/2} => 2   |2| => 2   \max(2,1) => 2   4 mod 3 + 1 => 2   \log_2 4 => 2   \ln e^2 => 2
+i^2 => -1   e^{i\pi} => -1   \cos\pi => -1   2{,}000 - 1 => 1999   2,000-1 => 1999   1e3-1 => 999
+10^3-1 => 999   1, 999 => 1999   \{1, 1+1\} => \{1,2\}   1 \cup 2 => 1, 2   (0,1+1) => (0,2)
+[0,4/2] => [0,2]   (0,2)\cup(2,2+2) => (0,2)\cup(2,4)   x<1+1 => x<2   1+1>x => x<2   x+1<3 => x<2
+8 \frac{22}{2} => 19   2 \times 9.5 => 19   \frac{38}{2} => 19   12−-7 => 19   8\,011+0 => 8011
+f(8+11) => 19   \boxed{8+11} => 19   8+11 \approx 19 => 19   x \in [8+11] => 19   ½+½ => 1
+5²-6 => 19   19^1 => 19   250 \times 10 => 2500   5 choose 2 => 10   8%+11% => 19
+\frac{2}{2 \cdot 2} => \frac{1}{2}   3 - 2.5 => 0.5   x > 2-2 => (0,\infty)   3+3 => 6\%
+3+3 => \$6   110_2 => 6   6 \bmod 7 => 6   6 times 1 => 6   3+3=6+0 => 6   \pm 6 => 6
+\lfloor 6.5 \rfloor => 6   6.0000001 => 6   \int_0^6 dx => 6   3{+}3 => 6   3\text{ plus }3 => 6
+\text{sum of }3\text{ and }3 => 6   a = 3, b = 3 => 6   3 \times 10^{0}+3 => 6
+30\times 20 \% => 6   6 \text{ of } 12 => 6   12 ∶ 2 => 6   2·3 => 6   2*3 => 6   (2)(3) => 6
+2\,3 => 6
+"""
 NOT_FINISHED = r"""
 \sqrt{12}+\sqrt{27} => 5\sqrt{3}   (1+\sqrt{2})(3-\sqrt{2}) => 1+2\sqrt{2}   \ln 24-\ln 2 => \ln 12
 2(1+\sqrt3)+3(1-\sqrt3) => 5-\sqrt3   \frac{6}{\sqrt3} => 2\sqrt3   \sqrt{7+4\sqrt3} => 2+\sqrt3
@@ -157,7 +183,7 @@ UNICODE = r"""
 
 def test_an_expression_is_not_a_number(task):
     """A policy that is paid for the expression copies the problem's: seen after 31 GRPO steps."""
-    table = pairs(NOT_A_NUMBER)
+    table = pairs(NOT_A_NUMBER) + pairs(HOSTILE)
     assert [pair for pair, right in verdicts(task, table).items() if right is not False] == []
     equal = [(answer, answer) for answer, _ in table]
     assert [pair for pair, right in verdicts(task, equal).items() if right is not True] == []
