@@ -4,6 +4,7 @@ python -m benchmarks.check_labelled FILE.jsonl ...       # rows of gold, pred an
 """
 
 import json
+import re
 import sys
 import time
 from collections import Counter
@@ -14,11 +15,14 @@ from typing import Literal
 import tyro
 
 from common.run.inputs import task_path
-from common.tasks.math.answers import extract_answer
+from common.tasks.math import extract_answer
 from common.tasks.pool import WorkerPool
 from common.tasks.worker import answering_part
 
 FILE = task_path("math")
+_FORMULA = re.compile(r"\$\$([^$]+)\$\$|(?<!\\)\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_FIGURES = re.compile(r"\d[\d,.]*[^\s.,\])]*")
+_LATEX_WORDS = re.compile(r"\\[A-Za-z]+\s*\{[^{}]*\}")
 
 
 @dataclass
@@ -35,7 +39,7 @@ def main(args: Args) -> None:
     """Print verdicts against labels."""
     reports, wrong = [], []
     pool = WorkerPool(FILE)
-    pool.call("is_right", [[r"\frac{1}{2}", "0.5"]] * 2)  # start-up is not timed
+    pool.call("is_right", [["x+1", "1+x"]] * 2)  # start-up is not timed
     for path in args.files:
         report, wrong_of_file = check_file(pool, path, args.marker)
         reports.append(report)
@@ -47,10 +51,10 @@ def main(args: Args) -> None:
 def judge(
     pool: WorkerPool, texts: list[str], golds: list[str], marker: str | None = None
 ) -> list[tuple[str, str | None]]:
-    """(outcome, answer) of each text. One that marks no answer is compared as a whole: labelled
-    rows hold bare answers and sentences."""
-    parts = [answering_part(text) for text in texts]
-    answers = [extract_answer(part, marker) or part.strip() or None for part in parts]
+    """(outcome, answer) of each text. Labelled rows hold bare answers and sentences."""
+    answers = [said_answer(answering_part(text), marker) for text in texts]
+    sentences = [gold for gold in golds if "answer is" in gold or r"\\boxed" in gold]
+    golds = [extract_answer(g) or (g in sentences and said_answer(g)) or g for g in golds]
     asked = [i for i, answer in enumerate(answers) if answer is not None]
     replies = pool.call("is_right", [[answers[i], golds[i]] for i in asked])
     outcomes = dict.fromkeys(range(len(texts)), "no_answer")
@@ -58,6 +62,25 @@ def judge(
         kinds = {"timeout": "timeout", "error": "crash"}
         outcomes[i] = kinds.get(reply.kind) or ("correct" if reply.value else "wrong")
     return [(outcomes[i], answer) for i, answer in enumerate(answers)]
+
+
+def said_answer(text: str, marker: str | None = None) -> str | None:
+    """Return the answer of a text that need not mark it: of a sentence at its end the last formula
+    or number; else the text."""
+    if r"\\boxed" in text:
+        text = text.replace("\\\\", "\\")  # escaped twice
+    if re.search(r"\\(?:boxed|fbox)\b", text):
+        return extract_answer(text, marker)
+    text = text.partition("<|im_")[0].partition("I hope it is correct")[0].strip()
+    text = extract_answer(text, marker) or text
+    if not re.search(r"[A-Za-z]{2} +[A-Za-z$\\(]", _LATEX_WORDS.sub("", text)):
+        return text or None
+    sentences = [part for part in re.split(r"\.\$*\s", text) if re.search(r"\d|\$|\\", part)]
+    said = sentences[-1] if sentences else text
+    behind = said.rpartition(" is ")[2]
+    said = behind if re.search(r"\d|\$|\\", behind) else said
+    formulas = [formula.strip() for found in _FORMULA.findall(said) for formula in found if formula]
+    return (formulas or _FIGURES.findall(said) or [text])[-1]
 
 
 def check_file(pool: WorkerPool, path: Path, marker: str | None) -> tuple[dict, list]:

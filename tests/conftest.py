@@ -10,8 +10,8 @@ from common.model.tokenizer import load_tokenizer
 from common.run.inputs import ROOT
 from common.sampling.rollout import Rollout
 from common.sampling.torch_engine import TorchEngine
+from common.tasks import math as math_task
 from common.tasks.data import Prompt
-from common.tasks.math import task as math_task
 from common.tasks.task import Problem, Task, Verdict
 from common.tasks.worker import identify
 

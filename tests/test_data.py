@@ -16,7 +16,7 @@ from common.model.tokenizer import load_tokenizer
 from common.run.errors import UserError
 from common.run.inputs import ROOT, inputs_of
 from common.tasks import data
-from common.tasks.math.task import instruction, key
+from common.tasks.math import instruction, key
 from common.tasks.task import Task
 
 

@@ -129,7 +129,7 @@ def imports_of(path: Path) -> set[str]:
 
 SCRIPTS = ("grpo", "fkl_warmup", "opd", "evaluate", "bridge")
 PACKAGES = ("common", *(f"common.{room}" for room in ("run", "model", "sampling", "tasks")))
-PACKAGES += ("common.tasks.math", "workflow")
+PACKAGES += ("workflow",)
 ROOMS = {name: ROOT / f"{name}.py" for name in SCRIPTS} | {
     f"{package}.{path.stem}": path
     for package in PACKAGES
@@ -155,7 +155,7 @@ def test_the_top_level_holds_the_five_scripts():
 
 
 # A trainer has the whole of its algorithm, and its Args.
-LONGER = {"grpo": 395, "opd": 340, "evaluate": 330, "common.tasks.math.finished": 320}
+LONGER = {"grpo": 395, "opd": 340, "evaluate": 330, "common.tasks.math": 545}
 
 
 @pytest.mark.parametrize("name", ROOMS)

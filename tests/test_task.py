@@ -245,7 +245,7 @@ def test_hostile_answers_cost_their_own_deadline_only():
     completions, golds = [], []
     for i in range(20):
         completions += [BOMBS[i % 2], rf"\boxed{{\frac{{{2 * i + 1}}}{{2}}}}"]
-        golds += ["0.5", str(i + 0.5)]
+        golds += ["x+1", str(i + 0.5)]  # where the gold is a number, a bomb is wrong at once
     with Task(timeout_s=0.2) as task:
         verdicts = grade(task, completions, golds)
         pids = pids_of(task)

@@ -15,7 +15,7 @@ from test_task import BOMBS, assert_gone, pids_of
 from common.run.inputs import ROOT
 from common.sampling.rollout import Rollout
 from common.sampling.vote import majority_votes
-from common.tasks.math.answers import compare_cheaply, extract_answer
+from common.tasks.math import extract_answer, is_right
 from common.tasks.task import OUTCOMES, Task
 
 pytestmark = pytest.mark.faults
@@ -128,8 +128,8 @@ def test_comparing_without_a_parser_takes_no_time():
     hostile += [hostile_answer(rng)[:2000] for _ in range(100)]
     began = time.monotonic()
     for answer in hostile:
-        for gold in (answer[::-1], digits, r"\text{even}"):
-            compare_cheaply(answer, gold)
+        for gold in (digits, r"\text{even}"):
+            is_right(answer, gold)
             extract_answer(answer + gold)
     assert time.monotonic() - began < 10  # the cubic one took 7 s for a single comparison
 
@@ -171,7 +171,7 @@ def test_a_megabyte_takes_seconds_at_most(text):
 def test_200_bombs_in_one_batch():
     with Task(timeout_s=0.2) as task:
         completions = [BOMBS[i % 2] for i in range(200)] + [r"\boxed{\frac12}"]
-        outcomes = [v.outcome for v in grade(task, completions, ["0.5"] * 201)]
+        outcomes = [v.outcome for v in grade(task, completions, ["x+1"] * 200 + ["0.5"])]
     assert outcomes[-1] == "correct"
     assert set(outcomes[:-1]) <= {"timeout", "crash"}
 
@@ -209,7 +209,7 @@ def test_no_worker_outlives_a_process_that_ends(then):
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_no_worker_outlives_a_process_that_is_killed_while_grading(sent):
     """In mid-bomb: nobody is left to enforce the deadline but the worker's keeper."""
-    child, pids = start_holder(f"grade(task, [{BOMBS[0]!r}] * 50, ['0.5'] * 50)", timeout_s=60)
+    child, pids = start_holder(f"grade(task, [{BOMBS[0]!r}] * 50, ['x+1'] * 50)", timeout_s=60)
     time.sleep(0.5)
     child.send_signal(sent)
     child.wait(timeout=30)
@@ -221,7 +221,8 @@ def test_training_on_poisoned_completions_finishes(tmp_path):
     bombs = [bomb.replace(r"\boxed{", r"\\boxed{x+") for bomb in BOMBS]  # no bare arithmetic
     lines = (ROOT / "toy" / "train.jsonl").read_text().splitlines()
     rows = [
-        lines[i // 2].replace('"answer"', f'"completion": "{bombs[i % 2]}", "answer"')
+        lines[i // 2].replace('"answer"', f'"completion": "{bombs[i % 2]}", "number"')[:-1]
+        + ', "answer": "x+1"}'
         for i in range(16)
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))

@@ -37,7 +37,7 @@ from common.run.process import start
 from common.sampling.sampler import sample_and_verify
 from common.sampling.torch_engine import TorchEngine
 from common.tasks import data
-from common.tasks.math.task import instruction
+from common.tasks.math import instruction
 from common.tasks.task import Problem, Task
 
 HERE = Path(__file__).parent

@@ -41,7 +41,7 @@ def model_path(name: str) -> str:
 
 def task_path(name: str) -> Path:
     """Return the file of a task: `math` is the embedded one."""
-    return ROOT / "common" / "tasks" / "math" / "task.py" if name == "math" else Path(name)
+    return ROOT / "common" / "tasks" / "math.py" if name == "math" else Path(name)
 
 
 def hash_of_task(name: str) -> str | None:

@@ -1,6 +1,6 @@
 """A task: what is asked, and what a completion of it earns. One file brings both.
 
-    --task math              the embedded one (common/tasks/math/task.py)
+    --task math              the embedded one (common/tasks/math.py)
     --task FILE.py           your own; docs/tasks.md says what it defines
 
 The file is imported, and its functions are called, in worker processes only.
