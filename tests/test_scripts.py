@@ -248,13 +248,15 @@ def test_a_budget_ends_a_run(trained, tmp_path, script):
 
 def test_evaluate(tmp_path):
     mine = tmp_path / "mine.jsonl"
-    mine.write_text('{"problem": "12+34+56+78+90", "answer": "270"}\n' * 3)
+    rows = [{"problem": f"12+34+56+78+{n}", "answer": str(180 + n)} for n in (90, 91, 92)]
+    mine.write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
     flags = ["--benchmarks", "toy", mine, "--num_problems", "8", "--num_samples", "4"]
     done = run("evaluate", *flags, "--model", "toy/student", "--output_dir", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"]
     assert results["toy"]["num_problems"] == 8
     assert results[str(mine)]["num_problems"] == 3
+    assert "12 rows are 3 problems" in done.stdout
     low, high = results["toy"]["accuracy_interval"]
     assert 0 <= low <= results["toy"]["accuracy"] <= high <= 1
     assert results["toy"]["pass_at"]["1"] == pytest.approx(results["toy"]["accuracy"])
