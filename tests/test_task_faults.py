@@ -1,5 +1,6 @@
 """Grading under attack: a seeded fuzz, bombs by the hundred, lost workers, a lost parent."""
 
+import json
 import os
 import random
 import signal
@@ -217,18 +218,16 @@ def test_no_worker_outlives_a_process_that_is_killed_while_grading(sent):
 
 
 def test_training_on_poisoned_completions_finishes(tmp_path):
-    """fkl_warmup.py on given rollouts, half of which are bombs."""
-    bombs = [bomb.replace(r"\boxed{", r"\\boxed{x+") for bomb in BOMBS]  # no bare arithmetic
-    lines = (ROOT / "toy" / "train.jsonl").read_text().splitlines()
-    rows = [
-        lines[i // 2].replace('"answer"', f'"completion": "{bombs[i % 2]}", "number"')[:-1]
-        + ', "answer": "x+1"}'
-        for i in range(16)
-    ]
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    flags = ["--hard_labels", "--rollouts", "rows.jsonl", "--num_steps", "2"]
-    flags += ["--prompts_per_step", "2", "--group_size", "4", "--output_dir", "run"]
-    command = [sys.executable, str(ROOT / "fkl_warmup.py"), *flags]
+    """fkl_warmup.py on given rollouts that are bombs, for golds that need the parser."""
+    lines = (ROOT / "toy" / "train.jsonl").read_text().splitlines()[:8]
+    asked = [json.loads(line) | {"answer": "x+1"} for line in lines]
+    bombs = [bomb.replace(r"\boxed{", r"\boxed{x+") for bomb in BOMBS]
+    given = [row | {"completion": bomb} for row in asked for bomb in bombs]
+    for name, rows in (("asked", asked), ("given", given)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--dataset", "asked.jsonl", "--rollouts", "given.jsonl", "--hard_labels"]
+    flags += ["--num_steps", "2", "--prompts_per_step", "2", "--group_size", "4"]
+    command = [sys.executable, str(ROOT / "fkl_warmup.py"), *flags, "--output_dir", "run"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
