@@ -294,6 +294,8 @@ CASES = [(script, *case) for script in TRAINERS for case in BAD] + [
     ("opd", "--teacher other", "different vocabularies"),
     ("fkl_warmup", "--teacher other", "different vocabularies"),
     ("opd", "--estimator sampled --divergence jsd", "drop --divergence jsd"),
+    ("opd", "--estimator sampled --sample_from initial", "needs the policy's own samples"),
+    ("opd", "--estimator sampled --rollouts good.jsonl", "needs the policy's own samples"),
     ("opd", "--rollouts r.jsonl --sample_from initial", "drop --sample_from initial"),
     ("fkl_warmup", "--rollouts columns.jsonl", "needs text columns"),
     ("evaluate", "--model no/such/model", "neither a local folder nor a hub id"),

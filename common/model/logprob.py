@@ -79,8 +79,9 @@ if triton:
         num_words,
         BLOCK: tl.constexpr,
     ):
-        """One program a row. Reads V logits and one more (the token's); writes 4 floats. The least
-        possible is V logits and 2 floats: 99.99% of the bytes at 152k words in bfloat16."""
+        """Compute one row a program. Reads V logits and one more (the token's); writes 4 floats.
+        The least possible is V logits and 2 floats: 99.99% of the bytes at 152k words in
+        bfloat16."""
         row = tl.program_id(0).to(tl.int64)  # row * row_stride passes 2^31 at 14,100 rows of 152k
         logits += row * row_stride
         top = float("-inf")  # of the logits seen so far
@@ -122,8 +123,8 @@ if triton:
         num_words,
         BLOCK: tl.constexpr,
     ):
-        """One program a row and block of words. Reads V logits, writes V gradients: the least
-        possible, but for 4 numbers a program (4 in 4,096 a side)."""
+        """Compute one row and block of words a program. Reads V logits, writes V gradients: the
+        least possible, but for 4 numbers a program (4 in 4,096 a side)."""
         row = tl.program_id(0).to(tl.int64)
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = columns < num_words

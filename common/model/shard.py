@@ -1,4 +1,4 @@
-"""One model over several ranks (FSDP2): sharded, read, gathered, and its gradients summed."""
+"""A model over several ranks (FSDP2): sharded, read, gathered, and its gradients summed."""
 
 import contextlib
 import json

@@ -18,7 +18,7 @@ class Log:
     def __init__(self, folder: Path, step: int, config: dict, track: bool):
         self.folder, self.path, self.wandb = folder, folder / "metrics.jsonl", None
         self.first: dict[str, float] | None = None  # the metrics of the first step
-        self.told: set[str] = set()  # of SYMPTOMS, in this process
+        self.told: set[str] = set()  # the symptoms, in this process
         if self.path.exists():
             lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
             rows = [row for row in map(json.loads, lines) if row["step"] <= step]

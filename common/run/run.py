@@ -71,7 +71,7 @@ def mean(updates: list[dict[str, float]]) -> dict[str, float]:
 
 
 class Run:
-    """One training run and its folder.
+    """A training run and its folder.
 
     A fresh `output_dir` is created; one of the same config is resumed from its newest checkpoint;
     one of another config is left untouched and raises UserError with the differences.
