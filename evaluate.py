@@ -97,6 +97,8 @@ class Args:
     """what samples: transformers or vLLM; auto takes vLLM on a GPU"""
     vllm_gpu_memory: Annotated[float, POSITIVE, MAY_CHANGE] = 0.4
     """share of the GPU's memory that vLLM may take"""
+    vllm_sequences: Annotated[int, POSITIVE, MAY_CHANGE] = 256
+    """how many sequences vLLM decodes at once, as far as its cache holds them"""
     enforce_eager: Annotated[bool, MAY_CHANGE] = False
     """vLLM without compilation and CUDA graphs: starts faster, samples slower"""
     tensor_parallel: Annotated[int, POSITIVE, MAY_CHANGE] = 1
@@ -149,7 +151,7 @@ def paired_difference(a: dict, b: dict) -> dict[str, tuple[float, list[float]]]:
 
 # Flags that say which model is asked and where, not how: they are not kept with the results.
 MAY_DIFFER = {"output_dir", "compare", "model", "benchmarks", "device"}
-MAY_DIFFER |= {"tensor_parallel", "vllm_gpu_memory", "enforce_eager"}
+MAY_DIFFER |= {"tensor_parallel", "vllm_gpu_memory", "vllm_sequences", "enforce_eager"}
 # What --compare reads of a benchmark's results.
 COMPARED = {"problems", "golds", "num_samples", "num_problems", "averages", "majority_votes"}
 
@@ -320,8 +322,7 @@ def describe(name: str, result: dict) -> str:
     return (
         f"{name}: avg@{k} {result['accuracy']:.1%} [{low:.1%}, {high:.1%}] over "
         f"{result['num_problems']} problems, pass@{k} {result['pass_at'][k]:.1%}{majority}; "
-        f"{others}; "
-        f"mean length {result['rollout/length']:.0f} tokens"
+        f"{others}; mean length {result['rollout/length']:.0f} tokens"
     )
 
 

@@ -121,6 +121,8 @@ class Args:
     """what samples: transformers or vLLM; auto takes vLLM on a GPU"""
     vllm_gpu_memory: Annotated[float, POSITIVE, MAY_CHANGE] = 0.4
     """share of the GPU's memory that vLLM may take while it samples"""
+    vllm_sequences: Annotated[int, POSITIVE, MAY_CHANGE] = 256
+    """how many sequences vLLM decodes at once, as far as its cache holds them"""
     enforce_eager: Annotated[bool, MAY_CHANGE] = False
     """vLLM without compilation and CUDA graphs: starts faster, samples slower"""
     tensor_parallel: Annotated[int, POSITIVE, MAY_CHANGE] = 1

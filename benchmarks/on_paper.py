@@ -13,7 +13,6 @@ import fkl_warmup
 import grpo
 import opd
 from common.run.process import start
-from common.sampling.vllm_engine import MAX_NUM_SEQS
 from workflow import memory
 from workflow.presets import KINDS, REAL
 
@@ -53,7 +52,9 @@ def sampling(shape: memory.Shape, sequences: int, flags, args: Args) -> list[Par
     kv_token = C * shape.layers * shape.kv
     whole = args.prompt + args.length
     room = flags.vllm_gpu_memory * GPU_MEMORY - C * shape.params
-    batch = max(1, min(MAX_NUM_SEQS, sequences, int(room / (kv_token * whole / 2))))  # half full
+    batch = max(
+        1, min(flags.vllm_sequences, sequences, int(room / (kv_token * whole / 2)))
+    )  # half full
     rounds = sequences / batch * args.length
     tokens, context = sequences * args.length, args.prompt + args.length / 2
     attention = 4 * shape.layers * (shape.qk - shape.kv / 2) * tokens * context

@@ -47,6 +47,8 @@ class Args:
     """longer prompts are dropped"""
     vllm_gpu_memory: float = 0.4
     """share of the GPU's memory that vLLM may take"""
+    vllm_sequences: int = 256
+    """how many sequences vLLM decodes at once"""
     enforce_eager: bool = False
     """vLLM without compilation and CUDA graphs"""
     tensor_parallel: int = 1

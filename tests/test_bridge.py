@@ -19,7 +19,7 @@ from common.model.flops import forward_flops
 from common.model.load import load_model
 from common.run.errors import RunFailure, UserError
 from common.run.inputs import ROOT
-from workflow import fit, processes
+from workflow import fit, memory, processes
 from workflow.budget import most_flops
 from workflow.presets import preset_of, script_args
 from workflow.routes import RECIPES, ROUTES, ROWS, STUDENT, TEACHER, table_of_routes
@@ -226,6 +226,21 @@ def test_one_gpu_of_80_gb_needs_one_flag_which_is_named(capsys):
         for kind in ("teacher_grpo", "fkl_warmup", "opd", "student_grpo"):
             assert 0.2 < float(settings_of(printed, kind)["vllm_gpu_memory"]) <= 0.85
     assert "# memory of teacher_grpo of Qwen/Qwen3-8B, GB for each of 4 ranks: computed" in printed
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(("length", "sequences"), [(256, 1024), (1024, 512), (16_384, 256)])
+def test_vllm_decodes_as_many_sequences_as_its_share_holds_half_long(capsys, length, sequences):
+    small = {"teacher": "Qwen/Qwen3-1.7B", "student": "Qwen/Qwen3-0.6B", "max_prompt_tokens": 256}
+    cells, printed = plan_of(capsys, **ONE_GPU | small | {"max_new_tokens": length})
+    assert cells["student_grpo"][-2:] == [str(sequences), "yes"]
+    chosen = settings_of(printed, "student_grpo")
+    assert int(chosen.get("vllm_sequences", 256)) == sequences
+    shape = memory.shape_of("Qwen/Qwen3-0.6B")
+    cache = (256 + length) / 2 * shape.layers * shape.kv * 2
+    share = 80e9 * float(chosen["vllm_gpu_memory"])
+    assert sequences == 256 or sequences * cache + 2 * shape.params < share
+    assert sequences == 1024 or 2 * sequences * cache > 0.8 * share
 
 
 @pytest.mark.usefixtures("no_network")

@@ -92,8 +92,9 @@ def test_key_value_heads_are_not_divided():
     """8 of them: with 16 GPUs that share an engine each holds one, as with 8."""
     shape = memory.shape_of(TEACHER)
     args = {"dtype": "bfloat16", "max_prompt_tokens": 3072, "max_new_tokens": 16384}
+    args |= {"vllm_sequences": 256}
     one, eight, sixteen = (
-        memory.smallest_engine(SimpleNamespace(tensor_parallel=count, **args), shape)
+        memory.engine_size(SimpleNamespace(tensor_parallel=count, **args), shape)
         for count in (1, 8, 16)
     )
     cache = memory.SEQUENCES * 19_456 * shape.layers * shape.kv * 2

@@ -150,12 +150,12 @@ def test_what_vllm_needs_is_more_than_weights():
     """Qwen3-8B at 19,456 tokens: 16.4 GB of weights, 2.9 GB of cache a sequence, and buffers."""
     shape = memory.shape_of("Qwen/Qwen3-8B")
     own = {"dtype": "bfloat16", "max_prompt_tokens": 3072, "max_new_tokens": 16384}
-    needs = memory.smallest_engine(grpo.Args(**own), shape)
+    needs = memory.engine_size(grpo.Args(**own), shape)
     cache = 4 * 19_456 * 36 * 2 * 8 * 128 * 2
     sampler = 4 * 4 * 256 * 151_936
     assert needs > 2 * shape.params + cache + sampler
     assert needs < 1.1 * (2 * shape.params + cache + sampler + memory.GRAPHS)
-    shared = memory.smallest_engine(grpo.Args(**own, tensor_parallel=4), shape)
+    shared = memory.engine_size(grpo.Args(**own, tensor_parallel=4), shape)
     assert (2 * shape.params + cache) / 4 + sampler < shared < needs / 2
 
 

@@ -42,7 +42,7 @@ CPU = torch.device("cpu")
 PLUGIN = ROOT / "tests" / "vllm_cpu"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(PLUGIN), "VLLM_CPU_KVCACHE_SPACE": "1"}
 FLAGS = {"backend": "vllm", "vllm_gpu_memory": 0.4, "enforce_eager": True, "seed": 0}
-FLAGS |= {"tensor_parallel": 1}
+FLAGS |= {"tensor_parallel": 1, "vllm_sequences": 256}
 SIZES = {"max_prompt_tokens": 256, "max_new_tokens": 64}
 
 

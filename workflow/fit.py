@@ -1,7 +1,8 @@
 """The machine that stages run on, and whether each stage fits it: computed before anything loads.
 
-Of the settings it chooses the share of a GPU that vLLM takes. What else would make a stage fit, it
-names: the flag, and what the stage would need with it. Sizes are in bytes.
+Of the settings it chooses the share of a GPU that vLLM takes, and how many sequences it decodes at
+once. What else would make a stage fit, it names: the flag, and what the stage would need with it.
+Sizes are in bytes.
 """
 
 import os
@@ -103,18 +104,22 @@ def _gb(size: float) -> str:
 
 def need_of(stage: Stage, machine: Machine, args) -> Need:
     """Return what a stage needs with these Args, in which vLLM gets the share that the update
-    leaves, if none was named. Raises UserError where the shape of a model is not known."""
+    leaves and the sequences that this share holds, where none were named. Raises UserError where
+    the shape of a model is not known."""
     plan, sampled, update, host = None, args.model, 0.0, 0.0
     if stage.kind != "evaluate":
         plan, sampled = plan_of(stage, machine, args), stage.models(args)[2]
-        if machine.gpu and not _names_share(stage):
+        if machine.gpu and not _is_named(stage, "vllm_gpu_memory"):
             share = min(0.85, USABLE - plan.peak("always") / machine.gpu)
             args = replace(args, vllm_gpu_memory=round(max(0.05, share), 2))
         update = plan.peak("update")
         host = (plan.host + (0.0 if machine.gpu else plan.device)) * machine.ranks
     shape = sampled and memory.shape_of(stage.base_model(sampled))
     uses_vllm = machine.gpu and shape and args.backend != "torch"
-    engine = memory.smallest_engine(args, shape) if uses_vllm else 0.0
+    engine = memory.engine_size(args, shape) if uses_vllm else 0.0
+    if uses_vllm and not _is_named(stage, "vllm_sequences"):
+        share = args.vllm_gpu_memory * machine.gpu
+        args = replace(args, vllm_sequences=most_sequences(args, shape, share))
     return Need(args, plan, update, engine, host)
 
 
@@ -130,19 +135,34 @@ def plan_of(stage: Stage, machine: Machine, args) -> memory.Plan:
     return memory.plan(args, *models, machine.all_ranks, machine.gpu, **fused)
 
 
-def vllm_share(stage: Stage, machine: Machine) -> dict[str, Setting]:
-    """Return --vllm_gpu_memory of a training stage on GPUs, if it was not named."""
-    if machine.gpu is None or stage.kind == "evaluate" or _names_share(stage):
+def most_sequences(args, shape: memory.Shape, share: float) -> int:
+    """Return how many sequences, on average half of their longest, vLLM's share of a GPU holds: up
+    to 1,024, its own default, but no fewer than the script's."""
+    for number in (1024, 512):
+        several = replace(args, vllm_sequences=number)
+        if memory.engine_size(several, shape, whole=number / 2) <= share:
+            return number
+    return args.vllm_sequences
+
+
+def vllm_settings(stage: Stage, machine: Machine) -> dict[str, Setting]:
+    """Return what is chosen of vLLM for a stage on GPUs, as far as no one has named it."""
+    if machine.gpu is None:
         return {}
     try:
-        share = need_of(stage, machine, stage.args()).args.vllm_gpu_memory
+        args = need_of(stage, machine, stage.args()).args
     except UserError:  # check_fit says so
         return {}
-    return {"vllm_gpu_memory": ours(share, "what the update leaves")}
+    notes = {"vllm_gpu_memory": "what the update leaves", "vllm_sequences": "what its cache holds"}
+    return {
+        name: ours(getattr(args, name), note)
+        for name, note in notes.items()
+        if getattr(args, name) != getattr(stage.args(), name)
+    }
 
 
-def _names_share(stage: Stage) -> bool:
-    setting = stage.settings.get("vllm_gpu_memory")
+def _is_named(stage: Stage, flag: str) -> bool:
+    setting = stage.settings.get(flag)
     return setting is not None and setting.source != "ours"
 
 
@@ -190,7 +210,7 @@ def _remedies(stage: Stage, machine: Machine, args) -> list[str]:
 # === the table ===
 
 FIT_HEADER = ["stage", "model", "GPUs", "states", "update, GB", "vLLM needs, GB", "its share"]
-FIT_HEADER += ["fits"]
+FIT_HEADER += ["sequences", "fits"]
 
 
 def check_fit(args, machine: Machine, stages: list[Stage]) -> tuple[list, list, list]:
@@ -216,7 +236,8 @@ def check_fit(args, machine: Machine, stages: list[Stage]) -> tuple[list, list, 
         place = f"host, {_gb(need.host)}" if need.args.cpu_offload else "GPU"
         cells = [stage.name, model, str(machine.all_ranks), place if machine.gpu else "host"]
         cells += [f"{need.update / GB:.0f}", f"{need.engine / GB:.0f}"]
-        rows.append([*cells, f"{need.args.vllm_gpu_memory:.0%}", "NO" if problem else "yes"])
+        cells += [f"{need.args.vllm_gpu_memory:.0%}", str(need.args.vllm_sequences)]
+        rows.append([*cells, "NO" if problem else "yes"])
         of_model = f"{stage.kind} of {model}, GB for each of {machine.all_ranks} ranks"
         details.append(f"\n# memory of {of_model}: computed\n{need.plan.table(machine.gpu)}")
     folder = next(f for f in (Path(args.output_dir) / "x").absolute().parents if f.exists())

@@ -25,7 +25,7 @@ from torch import nn
 from common.model.flops import head_size
 from common.model.load import empty_model
 from common.run.inputs import model_path
-from common.sampling.vllm_engine import MAX_NUM_SEQS, batched_tokens
+from common.sampling.vllm_engine import batched_tokens
 
 GB = 1e9
 GRAPHS = 1 * GB  # vLLM's CUDA graphs: an allowance too
@@ -237,16 +237,16 @@ def plan(
     return Plan(items)
 
 
-def smallest_engine(args, sampled: Shape) -> float:
-    """Bytes that vLLM needs of each GPU: its part of the weights, of the cache of SEQUENCES whole
-    ones and of its longest forward pass, buffers of its sampler, and CUDA graphs."""
+def engine_size(args, sampled: Shape, whole: float = SEQUENCES) -> float:
+    """Bytes that vLLM needs of each GPU: its part of the weights, of the cache of so many whole
+    sequences and of its longest forward pass, buffers of its sampler, and CUDA graphs."""
     c = {"float32": 4, "bfloat16": 2}[args.dtype]
     length = args.max_prompt_tokens + args.max_new_tokens
-    cache = SEQUENCES * length * sampled.layers * sampled.kv
+    cache = whole * length * sampled.layers * sampled.kv
     forward = batched_tokens(args) * (2 * sampled.inner + sampled.qk)
     parted = c * (sampled.params + forward) / args.tensor_parallel
     parted += c * cache / min(args.tensor_parallel, sampled.kv_heads)  # no head is divided
     residual = 4 * c * batched_tokens(args) * sampled.hidden
     # Logits, probabilities and log-probs in float32, and counts in int32.
-    sampler = 4 * 4 * MAX_NUM_SEQS * sampled.vocab
+    sampler = 4 * 4 * args.vllm_sequences * sampled.vocab
     return parted + residual + sampler + GRAPHS

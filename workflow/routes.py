@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.run.errors import check
-from workflow.fit import Machine, vllm_share
+from workflow.fit import Machine, vllm_settings
 from workflow.paper_results import routes_of
 from workflow.presets import KINDS, Preset, Setting, ours
 from workflow.stages import Stage
@@ -176,7 +176,7 @@ class Workflow:
         check(not taken, f"a preset cannot set {taken} of {kind}: the workflow does")
         more |= {"launcher": self.machine.launcher}
         stage = Stage(folder.name, kind, script, folder, fixed_flags, settings, needs, **more)
-        stage = replace(stage, settings=settings | vllm_share(stage, self.machine))
+        stage = replace(stage, settings=settings | vllm_settings(stage, self.machine))
         self.stages[folder] = stage
         return stage
 

@@ -25,9 +25,6 @@ from common.sampling.sync_proof import (
     trainer_logprobs,
 )
 
-# Sequences decoded at once: vLLM's own default on large GPUs is 1,024, and a buffer of its sampler
-# takes so many times the vocabulary.
-MAX_NUM_SEQS = 256
 BATCHED_TOKENS = 8192  # tokens of a forward pass, or one whole sequence if it is longer
 
 
@@ -42,9 +39,9 @@ class VLLMEngine:
     vLLM reads the shape from `name` and starts with random weights; those of `model` come through
     `sync`, which proves that they came. On a GPU it sleeps between `sleep` and `sync`, and the
     update has its memory. args: a script's, of which it reads --dtype, --max_prompt_tokens,
-    --max_new_tokens, --vllm_gpu_memory, --enforce_eager and --tensor_parallel. canary: prompts
-    whose log-probs are compared with the model's after each sync. Raises UserError if vLLM cannot
-    run the model.
+    --max_new_tokens, --vllm_gpu_memory, --vllm_sequences, --enforce_eager and --tensor_parallel.
+    canary: prompts whose log-probs are compared with the model's after each sync. Raises UserError
+    if vLLM cannot run the model.
     """
 
     batch_size = 4096  # sequences in a call; vLLM schedules them itself
@@ -67,7 +64,7 @@ class VLLMEngine:
                 load_format="auto" if model is None else "dummy",
                 dtype=args.dtype,
                 max_model_len=args.max_prompt_tokens + args.max_new_tokens,
-                max_num_seqs=MAX_NUM_SEQS,
+                max_num_seqs=args.vllm_sequences,
                 max_num_batched_tokens=batched_tokens(args),
                 gpu_memory_utilization=args.vllm_gpu_memory,
                 enforce_eager=args.enforce_eager,
