@@ -23,7 +23,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 def arguments(**own) -> SimpleNamespace:
     shared = {"backend": "auto", "vllm_gpu_memory": 0.4, "enforce_eager": False, "seed": 0}
-    shared |= {"tensor_parallel": 1}
+    shared |= {"tensor_parallel": 1, "vllm_sequences": 256}
     sizes = {"max_prompt_tokens": 32, "max_new_tokens": 8, "dtype": "float32"}
     return SimpleNamespace(**{"model": "Qwen/Qwen3-1.7B"} | shared | sizes | own)
 
