@@ -24,7 +24,7 @@ from typing import Annotated, Literal
 from common.run.errors import check
 from common.run.process import POSITIVE, check_ranges, start
 from workflow.budget import print_budget
-from workflow.fit import FIT_HEADER, check_fit, find_machine
+from workflow.fit import FIT_HEADER, check_fit, check_hardware, find_machine
 from workflow.presets import fill_in, preset_of
 from workflow.processes import run_stages
 from workflow.report import markdown, write_report
@@ -140,6 +140,7 @@ def main(args: Args) -> None:
     if args.only_report:
         check_finished(stages)
     else:
+        check_hardware(args, machine)
         check(not problems, "; ".join(problems))
         print_budget(stages)
         run_stages(stages, args.jobs, machine.forks)

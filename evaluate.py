@@ -256,7 +256,8 @@ def main(args: Args) -> None:
     check_args(args)
     device = join_ranks(args.device)
     backend = resolve_backend(args, device)
-    check_shapes(args.model, length=args.max_prompt_tokens + args.max_new_tokens)
+    length = args.max_prompt_tokens + args.max_new_tokens
+    check_shapes(args.model, length=length, device=args.device)
     tokenizer = load_tokenizer(args.model, chat_template=args.chat_template)
     task = Task(args.task)
     names = args.benchmarks or (data.default_of(task, "benchmarks"),)
@@ -297,9 +298,8 @@ def check_args(args: Args) -> None:
     check(0 < args.top_p <= 1, f"--top_p is {args.top_p}; it must be above 0 and at most 1")
     check(args.benchmarks != (), "--benchmarks needs a value, for example toy or math500")
     check(args.pass_threshold <= 1, f"--pass_threshold is {args.pass_threshold}; rewards end at 1")
-    names = args.benchmarks or ()
-    same = len({Path(name).stem for name in names}) < len(names)
-    check(not same, "two --benchmarks have one file name; rename one")
+    stems = [Path(name).stem for name in args.benchmarks or ()]
+    check(len(set(stems)) == len(stems), "two --benchmarks have one file name; rename one")
 
 
 def benchmark_prompts(task: Task, name: str, tokenizer, args: Args) -> list[data.Prompt]:

@@ -234,7 +234,9 @@ def main(args: Args) -> None:
     backend = resolve_backend(args, device)
     torch.manual_seed(args.seed)
     length = args.max_prompt_tokens + args.max_new_tokens
-    check_shapes(args.model, args.teacher, length=length, lora_rank=args.lora_rank)
+    check_shapes(
+        args.model, args.teacher, length=length, lora_rank=args.lora_rank, device=args.device
+    )
     tokenizer = load_tokenizer(args.model, args.teacher, args.chat_template)
 
     # --- data ---

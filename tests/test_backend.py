@@ -89,6 +89,7 @@ class FakeLLM:
     def __init__(self, name, **settings):
         self.settings, self.calls, self.asleep = settings, [], set()
         torch.set_num_threads(1)  # as vLLM does
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
     def apply_model(self, function):
         assert "weights" not in self.asleep
@@ -179,10 +180,11 @@ def test_a_prefix_cache_that_stays_is_an_error(made, monkeypatch):
         engine.sync()
 
 
-def test_vllm_does_not_take_the_trainers_threads(made):
+def test_vllm_does_not_take_the_trainers_threads_and_attention(made):
     torch.set_num_threads(2)
     made()
     assert torch.get_num_threads() == 2
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_attention_multiplies_float32_as_such(installed, monkeypatch):
@@ -202,6 +204,7 @@ def test_only_ranks_that_share_an_engine_schedule_in_step(monkeypatch, tensor_pa
     settings = module._inside_ranks(tensor_parallel)
     assert settings["tensor_parallel_size"] == tensor_parallel
     assert ("async_scheduling" in settings) == (tensor_parallel == 2)
+    assert ("disable_custom_all_reduce" in settings) == (tensor_parallel == 2)
 
 
 def test_the_engine_starts_without_weights_and_compiles(made):

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from common.run.errors import UserError, check
+from common.run.preflight import check_gpu, check_size, look
 from workflow import memory
 from workflow.memory import GB
 from workflow.presets import Setting, ours
@@ -35,15 +36,18 @@ class Machine:
     launcher: tuple[str, ...]  # python, or torchrun and its flags
     forks: bool  # one rank on a CPU can be forked from a warm Python, safely on Linux only
     elsewhere: bool = False  # planned for one that has GPUs: this one's host and disk do not count
+    usable: float = USABLE  # share of each GPU: others may hold some of it
 
 
 def find_machine(args) -> Machine:
     """Return the machine of bridge.py's Args. Raises UserError for flags that do not go
     together."""
-    gpu, count = args.gpu_memory_gb and args.gpu_memory_gb * GB, 0
+    gpu, usable, count = args.gpu_memory_gb and args.gpu_memory_gb * GB, USABLE, 0
     if args.device != "cpu" and torch.cuda.is_available():
         count = torch.cuda.device_count()
-        gpu = gpu or torch.cuda.get_device_properties(0).total_memory
+        facts = look()
+        usable = USABLE if gpu else min(USABLE, facts.free)
+        gpu = gpu or facts.memory
     check(args.nnodes == 1 or args.master_addr, "--nnodes needs --master_addr of machine 0")
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     host = args.host_memory_gb * GB if args.host_memory_gb else host
@@ -58,7 +62,15 @@ def find_machine(args) -> Machine:
     ranks = args.nproc_per_node or max(1, count)
     launcher = launcher_of(args, ranks)
     forks = launcher == ("python",) and count == 0 and sys.platform == "linux"
-    return Machine(ranks, ranks * args.nnodes, gpu, host, launcher, forks, elsewhere)
+    return Machine(ranks, ranks * args.nnodes, gpu, host, launcher, forks, elsewhere, usable)
+
+
+def check_hardware(args, machine: Machine) -> None:
+    """Refuse what would fail later, or take weeks, on the machine that is there."""
+    check_gpu(args.device, "float32", look())  # a stage knows its type
+    for name in (args.teacher, args.student) if machine.gpu is None else ():
+        shape = memory.shape_of(name)
+        check_size(name, shape.params if shape else 0, args.device)
 
 
 def launcher_of(args, ranks: int) -> tuple[str, ...]:
@@ -88,8 +100,11 @@ class Need:
 
     def problem(self, machine: Machine, jobs: int = 1) -> str | None:
         """Return the first thing that the machine does not have."""
-        if machine.gpu and self.update > USABLE * machine.gpu:
-            return f"{_gb(self.update)} on each of {machine.all_ranks} GPU(s) of {_gb(machine.gpu)}"
+        if machine.gpu and self.update > machine.usable * machine.gpu:
+            there = f"{machine.all_ranks} GPU(s) of {_gb(machine.gpu)}"
+            if machine.usable < USABLE:
+                there += f", of which {_gb(machine.usable * machine.gpu)} are free (nvidia-smi)"
+            return f"{_gb(self.update)} on each of {there}"
         if machine.gpu and self.engine > (share := self.args.vllm_gpu_memory * machine.gpu):
             whole = f"{memory.SEQUENCES} whole sequences"
             return f"{_gb(self.engine)} of each GPU for vLLM ({whole}), where {_gb(share)} are left"
@@ -110,7 +125,7 @@ def need_of(stage: Stage, machine: Machine, args) -> Need:
     if stage.kind != "evaluate":
         plan, sampled = plan_of(stage, machine, args), stage.models(args)[2]
         if machine.gpu and not _is_named(stage, "vllm_gpu_memory"):
-            share = min(0.85, USABLE - plan.peak("always") / machine.gpu)
+            share = min(0.85, machine.usable - plan.peak("always") / machine.gpu)
             args = replace(args, vllm_gpu_memory=round(max(0.05, share), 2))
         update = plan.peak("update")
         host = (plan.host + (0.0 if machine.gpu else plan.device)) * machine.ranks

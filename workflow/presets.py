@@ -147,7 +147,9 @@ def fill_in(args) -> None:
         students = [s for family, s in STUDENTS.items() if args.teacher.startswith(family)]
         check(students, f"there is no default student for teacher {args.teacher}; set --student")
         args.student = students[0]
-    args.backend = "torch" if toy and args.backend == "auto" else args.backend
+    if toy:  # on a GPU machine too: to start there takes longer than all of its sampling
+        args.backend = "torch" if args.backend == "auto" else args.backend
+        args.device = "cpu" if args.device == "auto" else args.device
     fill_in_data(args, toy)
     if args.chat_template is None and lacks_chat_template(args.student):
         args.chat_template = args.teacher

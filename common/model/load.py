@@ -13,6 +13,7 @@ from common.model.lora import AdaptersOff, add_adapters, init_adapters
 from common.model.shard import DTYPES, device_of, make_buffers, read_shards, shard
 from common.run.errors import UserError, check, one_line
 from common.run.inputs import model_path
+from common.run.preflight import check_size
 
 
 def load_pretrained(kind: str, name: str, **kwargs):
@@ -48,9 +49,10 @@ def find(name: str) -> str:
     return path
 
 
-def check_shapes(*names: str, length: int, lora_rank: int = 0) -> None:
+def check_shapes(*names: str, length: int, lora_rank: int = 0, device: str = "cpu") -> None:
     """Refuse prompts and completions of more tokens together than a model has positions for, which
-    would give nonsense and no error, and adapters wider than a layer of the first model."""
+    would give nonsense and no error, adapters wider than a layer of the first model, and large
+    models where --device auto has found no GPU."""
     if lora_rank:
         empty_model(load_pretrained("AutoConfig", names[0]), torch.float32, lora_rank)
     for name in names:
@@ -60,6 +62,8 @@ def check_shapes(*names: str, length: int, lora_rank: int = 0) -> None:
             f"--max_prompt_tokens and --max_new_tokens are {length} together, and {name} takes at "
             f"most {config.max_position_embeddings} tokens",
         )
+        if device == "auto":
+            check_size(name, empty_model(config, torch.float32).num_parameters(), device)
 
 
 def empty_model(config, dtype: torch.dtype, lora_rank: int = 0):

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from common.run.errors import UserError, check
+from common.run.preflight import check_gpu, look
 
 
 def rank() -> int:
@@ -27,7 +28,6 @@ def resolve_device(device: str) -> torch.device:
     """Resolve --device: auto takes a GPU if there is one; each rank of a machine its own."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    check(torch.cuda.is_available(), "--device cuda, but torch sees no GPU; use --device cpu")
     local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     check(local < count, f"--nproc_per_node is above the {count} GPUs of this machine")
     torch.cuda.set_device(local)
@@ -43,6 +43,7 @@ def join_ranks(device: str, dtype: str = "float32", cpu_offload: bool = False) -
     that policy and frozen models compute alike on any number of ranks. Autocast would not: it keeps
     the policy's residual stream in float32.
     """
+    check_gpu(device, dtype, look())
     place, launched = resolve_device(device), "WORLD_SIZE" in os.environ
     if (launched or cpu_offload or dtype == "bfloat16") and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"

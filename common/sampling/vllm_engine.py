@@ -75,6 +75,7 @@ class VLLMEngine:
             )
             self.eos_ids = end_ids(tokenizer, model or _configs_of(name))
             torch.set_num_threads(threads)  # vLLM leaves one: an offloaded update needs them all
+            torch.backends.cuda.enable_cudnn_sdp(True)  # which its import has turned off
             proof = self.sync() if model else None
         except Exception as error:  # of many types: too little memory, an unknown architecture ...
             known = any(word in str(error).lower() for word in ("memory", "max_model_len"))
@@ -209,4 +210,7 @@ def _inside_ranks(tensor_parallel: int) -> dict[str, object]:
     arguments["distributed_executor_backend"] = "external_launcher"
     if tensor_parallel > 1:
         arguments["async_scheduling"] = False  # ranks must schedule alike
+        # It maps memory that expandable segments (common.run.process) cannot share: CUDA ends the
+        # process (vllm#42609).
+        arguments["disable_custom_all_reduce"] = True
     return arguments
