@@ -40,7 +40,7 @@ from common.model.shard import clip_grad_norm, device_of
 from common.model.tokenizer import load_tokenizer
 from common.run.errors import check
 from common.run.process import DATA, MAY_CHANGE, MODEL, NOT_NEGATIVE, POSITIVE, start
-from common.run.ranks import join_ranks, sum_dicts_over_ranks, sum_over_ranks
+from common.run.ranks import gather, join_ranks, sum_dicts_over_ranks, sum_over_ranks
 from common.run.run import Run, check_training, mean
 from common.sampling.batches import micro_batches, minibatches
 from common.sampling.rollout import Rollout
@@ -198,12 +198,16 @@ def set_advantages(rollouts: list[Rollout], args: Args) -> None:
 
 def set_logprobs(name: str, model, rollouts: list[Rollout], args: Args) -> None:
     """Set each rollout's `name` (old_logprobs, ref_logprobs) to `model`'s log-probs of it."""
+    found: dict[tuple, torch.Tensor] = {}  # by the rollout's key; also of other ranks' rollouts
     for batch in micro_batches(rollouts, args.micro_batch_tokens, device_of(model)):
         hidden = frozen_hidden_states(model, batch.input_ids, batch.mask)
         logprobs = head_logprobs(hidden, model, batch.tokens, args.temperature, args.chunk_size)
         lengths = [len(rollout.completion_ids) for rollout in batch.rollouts]
-        for rollout, of_rollout in zip(batch.rollouts, logprobs.split(lengths), strict=True):
-            setattr(rollout, name, of_rollout)
+        keys = [rollout.key for rollout in batch.rollouts]
+        found.update(zip(keys, logprobs.cpu().split(lengths), strict=True))
+    found = dict(gather(list(found.items())))
+    for rollout in rollouts:
+        setattr(rollout, name, found[rollout.key])
 
 
 def draw_groups(sampler: Sampler, step: int, args: Args) -> tuple[list[Rollout], dict[str, float]]:

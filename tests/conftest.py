@@ -20,9 +20,12 @@ SAMPLED = {"max_new_tokens": 12, "temperature": 1.0}
 
 
 def generate(engine, prompts: list[list[int]], group_size: int, seed=(SEED,), **settings):
-    """engine.generate, with the seeds that common.sampling.sampler gives."""
+    """engine.generate, with the seeds and keys that common.sampling.sampler gives."""
     seeds = [(*seed, number) for number in range(len(prompts))]
-    return engine.generate(prompts, group_size, seeds=seeds, **settings)
+    rollouts = engine.generate(prompts, group_size, seeds=seeds, **settings)
+    for number, rollout in enumerate(rollouts):
+        rollout.key = (*seed, number)
+    return rollouts
 
 
 def pytest_report_header() -> str:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import generate, gradients, prompts_of_many_lengths, tiny_model, torchrun
@@ -12,7 +13,9 @@ import opd
 from common.model.head import _add_product, head_backward
 from common.model.logprob import token_logprobs
 from common.run.run import mean
+from common.sampling import batches as batches_module
 from common.sampling.batches import micro_batches, minibatches
+from common.sampling.rollout import Rollout
 from common.sampling.torch_engine import TorchEngine
 from common.tasks.task import Verdict
 
@@ -537,6 +540,41 @@ def test_micro_batches_hold_no_more_tokens_than_they_may(rollouts):
                 assert (count + 1) * length > most
     assert len(batches) == 1
     assert batches[0].input_ids.shape == (len(rollouts), max(lengths))
+
+
+def dealt(rollouts, ranks: int, most: int, monkeypatch) -> list[list]:
+    """Each rank's micro-batches, of rollouts that lie on the ranks in equal parts."""
+    of_ranks = []
+    monkeypatch.setattr(batches_module, "num_ranks", lambda: ranks)
+    monkeypatch.setattr(batches_module, "gather", lambda _: rollouts)
+    for number in range(ranks):
+        monkeypatch.setattr(batches_module, "rank", lambda number=number: number)
+        of_ranks.append(list(micro_batches(rollouts[number::ranks], most, torch.device("cpu"))))
+    return of_ranks
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+def test_ranks_share_out_all_rollouts_in_equally_many_micro_batches(rollouts, ranks, monkeypatch):
+    of_ranks = dealt(rollouts, ranks, 60, monkeypatch)
+    assert len({len(batches) for batches in of_ranks}) == 1
+    taken = [id(r) for batches in of_ranks for batch in batches for r in batch.rollouts]
+    assert sorted(taken) == sorted(map(id, rollouts))
+
+
+@pytest.mark.parametrize(("count", "share"), [(64, 0.68), (512, 0.88)])
+def test_ranks_that_wait_for_each_other_have_as_much_to_do(count, share, monkeypatch):
+    """Log-normal lengths of 16,384 tokens at most on 8 ranks, a sequence at a time: of what the
+    ranks could do in a minibatch of GRPO's and of OPD's preset, so much is done (with each rank's
+    own rollouts: 58% and 75%)."""
+    rng = np.random.default_rng(0)
+    lengths = rng.lognormal(np.log(4000), 0.9, count).clip(50, 16_384).astype(int).tolist()
+    rollouts = [
+        Rollout([3] * 200, [4] * length, torch.zeros(length), "eos", "", key=(n,))
+        for n, length in enumerate(lengths)
+    ]
+    work = [[len(b.tokens) for b in batches] for batches in dealt(rollouts, 8, 19_456, monkeypatch)]
+    longest = [max(of_ranks) for of_ranks in zip(*work, strict=True)]
+    assert sum(lengths) > share * 8 * sum(longest)
 
 
 def test_eos_keeps_its_loss_where_pad_is_eos(rollouts, tokenizer):

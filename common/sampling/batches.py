@@ -2,11 +2,11 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from common.run.ranks import gather, max_over_ranks
+from common.run.ranks import gather, num_ranks, rank
 from common.sampling.rollout import Rollout
 
 
@@ -22,6 +22,26 @@ def minibatches(
         for first in range(num_minibatches):
             part = shuffled[first::num_minibatches]
             yield [rollout_of[key] for key in part if key in rollout_of]
+
+
+def cut(rollouts: list[Rollout], max_tokens: int) -> list[list[Rollout]]:
+    """Return the rollouts in slices of like length, the shortest first, in whatever order they
+    come."""
+    slices: list[list[Rollout]] = []
+    lengths = [len(row.prompt_ids) + len(row.completion_ids) for row in rollouts]
+    order = sorted(range(len(rollouts)), key=lambda i: (lengths[i], rollouts[i].key))
+    for length, row in ((lengths[i] - 1, rollouts[i]) for i in order):  # the last predicts nothing
+        if not slices or (len(slices[-1]) + 1) * length > max_tokens:
+            slices.append([])
+        slices[-1].append(row)
+    return slices
+
+
+def _of_all_ranks(rollouts: list[Rollout]) -> list[Rollout]:
+    """Return the rollouts of all ranks, with what a forward and backward need of them."""
+    if num_ranks() == 1:
+        return rollouts
+    return gather([replace(rollout, problem=None, verdict=None, text="") for rollout in rollouts])
 
 
 @dataclass
@@ -45,20 +65,17 @@ class MicroBatch:
 def micro_batches(
     rollouts: list[Rollout], max_tokens: int, device: torch.device
 ) -> Iterator[MicroBatch]:
-    """Yield slices of like length, of at most `max_tokens` tokens with their padding, or of one
-    sequence. Masks go by length, so EOS keeps its loss where pad equals EOS.
+    """Yield this rank's micro-batches of all ranks' rollouts: slices of like length, of at most
+    `max_tokens` tokens with their padding, or of one sequence. Masks go by length, so EOS keeps its
+    loss where pad equals EOS.
 
-    All ranks yield equally many, for a sharded model's forward and backward need all of them: the
-    last ones of a rank may have no rollouts (B = 1, T = 1, N = 0).
+    A sharded model's forward and backward need all ranks: each yields equally many, and those that
+    wait for one another have slices of like length. Rank r's rollouts need not be those that it
+    sampled. The last of them may be none (B = 1, T = 1, N = 0).
     """
-    slices: list[list[Rollout]] = []
-    for row in sorted(rollouts, key=lambda row: len(row.prompt_ids) + len(row.completion_ids)):
-        length = len(row.prompt_ids) + len(row.completion_ids) - 1  # the last predicts nothing
-        if not slices or (len(slices[-1]) + 1) * length > max_tokens:
-            slices.append([])
-        slices[-1].append(row)
-    slices += [[]] * (max_over_ranks(len(slices)) - len(slices))
-    for rows in slices:
+    slices = cut(_of_all_ranks(rollouts), max_tokens)
+    slices += [[]] * (-len(slices) % num_ranks())
+    for rows in slices[rank() :: num_ranks()]:
         inputs = [(row.prompt_ids + row.completion_ids)[:-1] for row in rows]
         input_ids = torch.zeros(max(1, len(rows)), max(map(len, inputs), default=1)).long()
         mask = torch.zeros(input_ids.shape, dtype=torch.bool)
