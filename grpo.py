@@ -202,9 +202,7 @@ def set_logprobs(name: str, model, rollouts: list[Rollout], args: Args) -> None:
     for batch in micro_batches(rollouts, args.micro_batch_tokens, device_of(model)):
         hidden = frozen_hidden_states(model, batch.input_ids, batch.mask)
         logprobs = head_logprobs(hidden, model, batch.tokens, args.temperature, args.chunk_size)
-        lengths = [len(rollout.completion_ids) for rollout in batch.rollouts]
-        keys = [rollout.key for rollout in batch.rollouts]
-        found.update(zip(keys, logprobs.cpu().split(lengths), strict=True))
+        found |= batch.per_rollout(logprobs)
     found = dict(gather(list(found.items())))
     for rollout in rollouts:
         setattr(rollout, name, found[rollout.key])

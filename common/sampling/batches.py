@@ -61,6 +61,11 @@ class MicroBatch:
             return None
         return torch.cat([torch.as_tensor(v).expand(n) for v, n in pairs]).to(self.tokens.device)
 
+    def per_rollout(self, values: torch.Tensor) -> dict[tuple[int, ...], torch.Tensor]:
+        """Return values [N] of the loss tokens as each rollout's own [T], by its key."""
+        parts = values.cpu().split([len(rollout.completion_ids) for rollout in self.rollouts])
+        return dict(zip([rollout.key for rollout in self.rollouts], parts, strict=True))
+
 
 def micro_batches(
     rollouts: list[Rollout], max_tokens: int, device: torch.device
