@@ -63,6 +63,8 @@ class Args:
     """steps between checkpoints; 0 saves none before the end"""
     keep_checkpoints: Annotated[int, POSITIVE, MAY_CHANGE] = 2
     """how many of the newest checkpoints stay on disk"""
+    keep_rollouts: Annotated[int, POSITIVE, MAY_CHANGE] = 20
+    """how many of the newest steps' rollouts stay on disk, beside the first and every 50th"""
     eval_every: Annotated[int, NOT_NEGATIVE] = 0
     """steps between evaluations on --eval_dataset; 0 is off"""
     track: Annotated[bool, MAY_CHANGE] = False

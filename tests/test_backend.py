@@ -207,8 +207,9 @@ def test_only_ranks_that_share_an_engine_schedule_in_step(monkeypatch, tensor_pa
     assert ("disable_custom_all_reduce" in settings) == (tensor_parallel == 2)
 
 
-def test_the_engine_starts_without_weights_and_compiles(made):
+def test_the_engine_starts_without_weights_and_compiles(made, capsys):
     settings = made().llm.settings
+    assert "starting vLLM for" in capsys.readouterr().out  # minutes of silence otherwise
     assert settings["load_format"] == "dummy"
     assert settings["enable_sleep_mode"]
     assert not settings["enforce_eager"]
@@ -234,6 +235,21 @@ def test_a_failed_run_is_one_line_and_exit_code_1(monkeypatch, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "vLLM stopped while sampling; the same command goes on" in error
+
+
+def test_out_of_memory_is_one_line_that_names_the_flags(monkeypatch, capsys):
+    def main(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.50 GiB.\nGPU 0 has")
+
+    monkeypatch.setattr(sys, "argv", ["grpo.py"])
+    with pytest.raises(SystemExit) as stop:
+        start(main, grpo.Args, "")
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "allocate 9.50 GiB" in error
+    assert "lower --micro_batch_tokens" in error
+    assert "--cpu_offload" in error
 
 
 # === weights ===

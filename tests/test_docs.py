@@ -101,6 +101,6 @@ def test_metrics_are_documented_once_and_all():
     assert len(rows) == len(set(rows))
     sources = [*(ROOT / name for name in TRAINERS), *(ROOT / "common").rglob("*.py")]
     code = "".join(path.read_text() for path in sources)
-    prefixes = "rollout|loss|policy|optim|sync|time|eval"
+    prefixes = "rollout|loss|policy|optim|sync|time|memory|eval"
     missing = set(re.findall(rf'"((?:{prefixes})/[a-z_]+)"', code)) - set(rows)
     assert not missing, f"docs/metrics.md lacks {', '.join(sorted(missing))}"

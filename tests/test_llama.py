@@ -102,6 +102,15 @@ def test_key_value_heads_are_not_divided():
     assert one > eight > sixteen > eight / 2
 
 
+def test_a_download_says_how_much_it_is(monkeypatch, capsys):
+    files = [("model-1.safetensors", 4e9), ("model-2.safetensors", 1.2e9), ("other.bin", 7e9)]
+    siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in files]
+    info = SimpleNamespace(siblings=siblings)
+    monkeypatch.setattr(model.HfApi, "model_info", lambda *_, **__: info)
+    assert model.find("someone/model") == "someone/model"
+    assert capsys.readouterr().out.startswith("downloading someone/model: 5.2 GB,")
+
+
 def test_a_gated_model_says_what_to_do(monkeypatch):
     response = SimpleNamespace(status_code=403, headers={}, request=None, text="")
 

@@ -19,11 +19,13 @@ import opd
 from common.model.load import load_model
 from common.run.errors import RunFailure
 from common.run.inputs import ROOT
+from common.run.log import Log
 from common.run.process import STOP, Stopped
 from common.run.run import learning_rate_at
 from common.sampling.sampler import Sampler, sample_and_verify
 from common.sampling.torch_engine import TorchEngine
 from common.tasks.data import evaluation_prompts
+from common.tasks.rows import read_jsonl
 from common.tasks.task import Verdict
 
 TRAINERS = [grpo, opd, fkl_warmup]
@@ -308,6 +310,33 @@ def test_groups_that_agree_are_drawn_again_so_often_and_no_oftener(rollouts, mix
 
 
 # === where it stops ===
+
+
+def test_rollouts_of_old_steps_leave_the_disk(tmp_path):
+    """A step's are 50 MB at the paper's size. The first and every 50th stay."""
+    (tmp_path / "rollouts").mkdir()
+    log = Log(tmp_path, 0, {}, track=False, keep_rollouts=3)
+    metrics = {"rollout/truncated": 0.0, "rollout/no_answer": 0.0}
+    metrics |= {"rollout/length": 9.0, "rollout/accuracy": 0.5}
+    for step in range(1, 103):
+        log.write(step, metrics, [{"completion": "é", "step": step}])
+    log.close()
+    kept = {path.name for path in (tmp_path / "rollouts").iterdir()}
+    newest = {f"step_{step}.jsonl" for step in (1, 100, 101, 102)}
+    assert kept == newest | {"step_50.jsonl.gz"}
+    for name, step in (("step_50.jsonl.gz", 50), ("step_102.jsonl", 102)):
+        assert read_jsonl(tmp_path / "rollouts" / name) == [{"completion": "é", "step": step}]
+
+
+def test_a_gpus_memory_is_logged(tmp_path, monkeypatch):
+    resets = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 31_400_000_000)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (7_000_000_000, 80_000_000_000))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: resets.append(1))
+    rows = read(trained(grpo, tmp_path / "run", num_steps=2) / "metrics.jsonl")
+    found = [(row["memory/peak_gb"], row["memory/free_gb"]) for row in rows]
+    assert (found, len(resets)) == ([(31.4, 7.0)] * 2, 2)
 
 
 def test_a_failure_in_mid_update_saves_nothing(tmp_path, monkeypatch):

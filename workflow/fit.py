@@ -22,6 +22,7 @@ from workflow.stages import Stage
 
 USABLE = 0.9  # of a GPU: the plan is a computation
 ABSENT_GPU = 80 * GB  # what --dry_run plans for where there is none
+ROLLOUT_BYTES = 10  # of a token: its id in JSON, and its text
 LORA_RANK = 32  # what is offered where full fine-tuning does not fit
 
 
@@ -245,9 +246,11 @@ def check_fit(args, machine: Machine, stages: list[Stage]) -> tuple[list, list, 
             problems.append(f"{stage.kind} of {model} needs {problem}{ways}")
         if stage.kind == "evaluate":
             continue
-        if not stage.folder.exists():  # two checkpoints and the final model
+        if not stage.folder.exists():  # two checkpoints, the final model, rollouts
             shape = memory.shape_of(model)
             disk += 2 * 12 * memory.moved_parameters(need.args, shape) + 4 * shape.params
+            kept = need.args.keep_rollouts * need.args.prompts_per_step * need.args.group_size
+            disk += ROLLOUT_BYTES * kept * need.args.max_new_tokens
         place = f"host, {_gb(need.host)}" if need.args.cpu_offload else "GPU"
         cells = [stage.name, model, str(machine.all_ranks), place if machine.gpu else "host"]
         cells += [f"{need.update / GB:.0f}", f"{need.engine / GB:.0f}"]
@@ -258,6 +261,6 @@ def check_fit(args, machine: Machine, stages: list[Stage]) -> tuple[list, list, 
     folder = next(f for f in (Path(args.output_dir) / "x").absolute().parents if f.exists())
     free = shutil.disk_usage(folder).free
     if disk > free and not machine.elsewhere:
-        needed = f"checkpoints and final models need {_gb(disk)} of disk"
+        needed = f"checkpoints, final models and rollouts need {_gb(disk)} of disk"
         problems.append(f"{needed}, and {folder} has {_gb(free)}")
     return list(dict.fromkeys(problems)), rows, list(dict.fromkeys(details))

@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import torch.distributed as dist
 from huggingface_hub import HfApi, try_to_load_from_cache
@@ -22,6 +23,7 @@ def load_pretrained(kind: str, name: str, **kwargs):
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # of downloads, which it has disabled too
     try:
         load = getattr(transformers, kind).from_pretrained
         return load(find(name), trust_remote_code=False, **kwargs)  # None would ask on stdin
@@ -40,7 +42,9 @@ def find(name: str) -> str:
         return path
     try:
         if try_to_load_from_cache(path, "config.json") is None:
-            HfApi().model_info(path, timeout=20)
+            info = HfApi().model_info(path, timeout=20, files_metadata=True)
+            sizes = [f.size or 0 for f in info.siblings if f.rfilename.endswith(".safetensors")]
+            print(f"downloading {name}: {sum(sizes) / 1e9:.1f} GB, as far as it is not there yet")
     except Exception as error:  # a dozen types; each of them means that there is no model
         raise UserError(
             f"model {name} is neither a local folder nor a hub id that answers "

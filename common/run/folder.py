@@ -109,12 +109,12 @@ def machine() -> str:
 # === files that are whole or not there ===
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` so that `path` holds either its old content or all of the new, whenever the
-    process or the machine dies."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file so that `path` holds either its old content or all of the new, whenever the
+    process or the machine dies. Text becomes UTF-8."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        file.write(content if isinstance(content, bytes) else content.encode())
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

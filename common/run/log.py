@@ -1,5 +1,6 @@
 """The log of a run: metrics.jsonl, rollouts/, TensorBoard, and with --track Weights & Biases."""
 
+import gzip
 import hashlib
 import importlib.util
 import json
@@ -8,15 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.run.errors import check
-from common.run.folder import write_jsonl
+from common.run.folder import write_atomic, write_jsonl
 from common.run.inputs import ROOT
 
 
 class Log:
-    """The writer of a run's log. Steps after `step`, which are done again, leave the log first."""
+    """The writer of a run's log. Steps after `step`, which are done again, leave the log first.
+    keep_rollouts: of so many of the newest steps; a step's may be 50 MB."""
 
-    def __init__(self, folder: Path, step: int, config: dict, track: bool):
+    def __init__(self, folder: Path, step: int, config: dict, track: bool, keep_rollouts: int):
         self.folder, self.path, self.wandb = folder, folder / "metrics.jsonl", None
+        self.keep_rollouts = keep_rollouts
         self.first: dict[str, float] | None = None  # the metrics of the first step
         self.told: set[str] = set()  # the symptoms, in this process
         if self.path.exists():
@@ -36,6 +39,7 @@ class Log:
 
     def write(self, step: int, metrics: dict[str, float], rollouts: list[dict]) -> None:
         write_jsonl(self.folder / "rollouts" / f"step_{step}.jsonl", rollouts)
+        self._put_away(step - self.keep_rollouts)
         row = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no nan
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step} | row) + "\n")
@@ -46,6 +50,14 @@ class Log:
             if symptom not in self.told:
                 print(f"\nstep {step}: {symptom}; {advice}")
                 self.told.add(symptom)
+
+    def _put_away(self, step: int) -> None:
+        """Remove a step's rollouts; keep those of the first, and of every 50th compressed."""
+        path = self.folder / "rollouts" / f"step_{step}.jsonl"
+        if step % 50 == 0 and path.exists():
+            write_atomic(path.with_name(f"{path.name}.gz"), gzip.compress(path.read_bytes()))
+        if step > 1:
+            path.unlink(missing_ok=True)
 
     def close(self) -> None:
         self.board.close()

@@ -11,11 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_type_hints
 
+import torch
 import torch.distributed as dist
 import tyro
 
 from common.run.errors import RunFailure, UserError, check, one_line
 from common.run.ranks import num_ranks, rank
+
+OUT_OF_MEMORY = (
+    "the same command goes on with a lower --micro_batch_tokens or --vllm_gpu_memory, with "
+    "--activation_checkpointing or with --cpu_offload; a smaller --chunk_size, --max_new_tokens or "
+    "--lora_rank is another run"
+)
 
 
 def start(main: Callable, args_type: type, description: str) -> None:
@@ -26,13 +33,17 @@ def start(main: Callable, args_type: type, description: str) -> None:
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, STOP.catch)
-    # Before CUDA starts. vLLM switches it off around its own pools.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # Before CUDA starts. vLLM switches segments off around its own pools; pinned host memory would
+    # be rounded up to a power of two.
+    memory = "expandable_segments:True,pinned_max_round_threshold_mb:64"
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", memory)
     code, message, launched = 0, "", "WORLD_SIZE" in os.environ
     try:
         main(parse(args_type, description))
     except UserError as error:
         code, message = 2, f"error: {error}"
+    except torch.OutOfMemoryError as error:
+        code, message = 1, f"error: out of GPU memory ({one_line(error)[:100]}); {OUT_OF_MEMORY}"
     except (RunFailure, OSError) as error:
         hint = "the same command goes on from the last checkpoint"
         code, message = 1, f"error: {one_line(error)}; {hint}"

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from common.model import flops
@@ -70,6 +71,19 @@ def mean(updates: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(listed) / len(listed) for name, listed in values.items()}
 
 
+def _gpu_memory() -> dict[str, float]:
+    """Return the most that torch held of a GPU since it was last asked, and what is free of the
+    fullest now, at the end of a step: then vLLM is awake."""
+    if not torch.cuda.is_initialized():
+        return {}
+    peak, free = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[0]
+    torch.cuda.reset_peak_memory_stats()
+    return {
+        "memory/peak_gb": max_over_ranks(peak) / 1e9,
+        "memory/free_gb": -max_over_ranks(-free) / 1e9,
+    }
+
+
 class Run:
     """A training run and its folder.
 
@@ -125,7 +139,8 @@ class Run:
     def __enter__(self) -> "Run":
         STOP.in_loop = True
         if rank() == 0:
-            self._log = Log(self.folder, self.progress.step, self.config, self.args.track)
+            options = {"track": self.args.track, "keep_rollouts": self.args.keep_rollouts}
+            self._log = Log(self.folder, self.progress.step, self.config, **options)
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -211,6 +226,7 @@ class Run:
         metrics = metrics | times
         metrics["optim/learning_rate"] = learning_rate_at(step, self.args)
         metrics["optim/skipped"] = progress.skipped_updates
+        metrics |= _gpu_memory()
         with writing(self.folder):
             on_first_rank(lambda: self._log.write(step, metrics, rollouts))
         self._bar.set_postfix({name: f"{metrics[name]:.3f}" for name in WATCHED}, refresh=False)

@@ -57,6 +57,8 @@ class VLLMEngine:
         self.num_ranks = args.tensor_parallel
         inside_ranks = _inside_ranks(self.num_ranks) if dist.is_initialized() else {}
         threads = torch.get_num_threads()
+        if not args.enforce_eager:
+            print(f"starting vLLM for {name}: 1 to 3 minutes, while it compiles")
         try:
             self.llm = LLM(
                 name,

@@ -1,6 +1,7 @@
 """Rows of a source: a file, or a set of the hub. They come one by one: a set may be large."""
 
 import csv
+import gzip
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -67,7 +68,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[dict]:
-    with open(path, "rb") as file:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 where = f"{path}, line {number}"
