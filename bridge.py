@@ -17,14 +17,15 @@ processes, report, figure, paper_results.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from common.run.errors import check
 from common.run.process import POSITIVE, check_ranges, start
 from workflow.budget import print_budget
-from workflow.fit import FIT_HEADER, check_fit, check_hardware, find_machine
+from workflow.fit import FIT_HEADER, Machine, check_fit, check_hardware, find_machine
+from workflow.hours import gpu_of, print_extrapolation, print_hours
 from workflow.presets import fill_in, preset_of
 from workflow.processes import run_stages
 from workflow.report import markdown, write_report
@@ -36,6 +37,8 @@ from workflow.stages import print_plan
 class Args:
     teacher: str = "toy/teacher"
     """the large model: a local folder or a hub id"""
+    trained_teacher: str | None = None
+    """a teacher that reward has shaped already: it takes the RL teacher's place in every route"""
     student: str | None = None
     """the small model; default: toy/student, or the paper's for Qwen3 and Llama-3.3-70B-Instruct"""
     output_dir: str | None = None
@@ -74,13 +77,18 @@ class Args:
     """address of machine 0, if there are several"""
     master_port: int = 29500
     """a free port of machine 0"""
+    gpu_tflops: Annotated[float | None, POSITIVE] = None
+    """of each GPU, dense bfloat16, for the least time that is printed; default: by its name"""
     gpu_memory_gb: Annotated[float | None, POSITIVE] = None
     """of each GPU; default: what is there (set it to plan for other machines with --dry_run)"""
     host_memory_gb: Annotated[float | None, POSITIVE] = None
     """of this machine; default: what is there"""
 
     preset: str | None = None
-    """a JSON file of settings, laid over those that fit the teacher (workflow/presets.py)"""
+    """one_gpu_day, eight_gpu_day, or a JSON file: settings laid over the paper's, or the toy's
+    (workflow/presets.py)"""
+    quick: bool = False
+    """every stage for real and small, in minutes; at its end, how long the whole would take"""
     num_steps: Annotated[int | None, POSITIVE] = None
     """instead of the preset's, in every training stage (as the next five)"""
     prompts_per_step: Annotated[int | None, POSITIVE] = None
@@ -124,6 +132,7 @@ def main(args: Args) -> None:
     check_args(args)
     fill_in(args)
     preset = preset_of(args)
+    check(not (args.quick and args.teacher.startswith("toy/")), "--quick is for models of the hub")
     machine = find_machine(args)
     stages, evaluations = plan(args, preset, machine)
     check_folder(Path(args.output_dir))
@@ -134,6 +143,7 @@ def main(args: Args) -> None:
         print("\n".join(details))
         print_plan(stages, preset)
         print_budget(stages)
+        show_hours(args, machine, stages)
         print("".join(f"\nthis would not run: {problem}" for problem in problems))
         return
     began = time.perf_counter()
@@ -143,10 +153,20 @@ def main(args: Args) -> None:
         check_hardware(args, machine)
         check(not problems, "; ".join(problems))
         print_budget(stages)
+        show_hours(args, machine, stages)
         run_stages(stages, args.jobs, machine.forks)
     if args.node_rank == 0:
         write_report(Path(args.output_dir), args, evaluations)
     print(f"total: {time.perf_counter() - began:.0f} s")
+    if args.quick:
+        whole = replace(args, quick=False)
+        print_extrapolation(stages, plan(whole, preset_of(whole), machine)[0])
+
+
+def show_hours(args: Args, machine: Machine, stages: list) -> None:
+    """Print how long the training takes at least, where it runs on GPUs."""
+    if machine.gpu:
+        print_hours(stages, machine, gpu_of(machine.gpu_name, args.gpu_tflops))
 
 
 def check_args(args: Args) -> None:

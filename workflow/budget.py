@@ -13,22 +13,23 @@ from workflow.memory import model_of
 from workflow.stages import Stage
 
 
-def most_tokens(stage: Stage) -> tuple[int, int]:
-    """Return how many completions and tokens a training stage can generate."""
-    args = stage.args()
+def most_tokens(stage: Stage, args=None) -> tuple[int, int]:
+    """Return how many completions and tokens a training stage can generate, with its own Args or
+    others."""
+    args = args or stage.args()
     draws = 1 + args.max_refills if stage.is_grpo and args.dynamic_sampling else 1
     completions = args.num_steps * args.prompts_per_step * args.group_size * draws
     return completions, completions * args.max_new_tokens
 
 
-def most_flops(stage: Stage) -> tuple[float, float]:
-    """Return the FLOPs of a training stage: of sampling, and of scoring and updates. Raises
-    UserError for models whose config cannot be read."""
-    args = stage.args()
+def most_flops(stage: Stage, args=None) -> tuple[float, float]:
+    """Return the FLOPs of a training stage, with its own Args or others: of sampling, and of
+    scoring and updates. Raises UserError for models whose config cannot be read."""
+    args = args or stage.args()
     trained, _, sampled = stage.models(args)
     sequence = ((args.max_prompt_tokens, args.max_new_tokens),)
     once = forward_flops(_model(stage.base_model(sampled)), sequence, args.group_size)
-    sampling = most_tokens(stage)[0] * once
+    sampling = most_tokens(stage, args)[0] * once
     model = _model(stage.base_model(trained), args.lora_rank)
     update = args.num_epochs * update_flops(model, sequence)
     if not stage.is_grpo:

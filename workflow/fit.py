@@ -38,15 +38,18 @@ class Machine:
     forks: bool  # one rank on a CPU can be forked from a warm Python, safely on Linux only
     elsewhere: bool = False  # planned for one that has GPUs: this one's host and disk do not count
     usable: float = USABLE  # share of each GPU: others may hold some of it
+    gpu_name: str = "H100"  # what is planned for where none is there
 
 
 def find_machine(args) -> Machine:
     """Return the machine of bridge.py's Args. Raises UserError for flags that do not go
     together."""
     gpu, usable, count = args.gpu_memory_gb and args.gpu_memory_gb * GB, USABLE, 0
+    name = "H100"
     if args.device != "cpu" and torch.cuda.is_available():
         count = torch.cuda.device_count()
         facts = look()
+        name = facts.listed
         usable = USABLE if gpu else min(USABLE, facts.free)
         gpu = gpu or facts.memory
     check(args.nnodes == 1 or args.master_addr, "--nnodes needs --master_addr of machine 0")
@@ -63,7 +66,7 @@ def find_machine(args) -> Machine:
     ranks = args.nproc_per_node or max(1, count)
     launcher = launcher_of(args, ranks)
     forks = launcher == ("python",) and count == 0 and sys.platform == "linux"
-    return Machine(ranks, ranks * args.nnodes, gpu, host, launcher, forks, elsewhere, usable)
+    return Machine(ranks, ranks * args.nnodes, gpu, host, launcher, forks, elsewhere, usable, name)
 
 
 def check_hardware(args, machine: Machine) -> None:

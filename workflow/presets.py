@@ -1,10 +1,13 @@
 """The settings of each kind of stage, with their source, for the toy and for the paper's models.
 
-A user's own preset is a JSON file, laid over the one that fits the teacher:
+Another preset is a JSON file, one of workflow/presets/ or a user's, laid over the one that fits the
+teacher:
 
     python bridge.py --preset mine.json     # {"student_grpo": {"num_steps": 100, "kl_coef": 0.0}}
 
-It names kinds of stages (KINDS) and flags of their scripts. Flags of bridge.py come last.
+It names kinds of stages (KINDS) and flags of their scripts, {"value": ..., "source": ...} where
+someone else chose a value; and teacher and student, for which it was made. Flags of bridge.py come
+last.
 """
 
 import importlib
@@ -31,6 +34,9 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
     "cold_grpo": ("grpo.py", {}),
     "evaluate": ("evaluate.py", {}),
 }
+
+FILES = Path(__file__).with_name("presets")  # presets by name: FILES/NAME.json
+MODELS = ("teacher", "student")  # what a preset may name beside kinds of stages
 
 # Of these kinds a user's file sets what it sets of the other, if it does not name them.
 SET_LIKE = {"semi_opd": "opd", "cold_grpo": "student_grpo"}
@@ -129,7 +135,16 @@ REAL: Preset = {
 
 # Flags of bridge.py that the workflow gives to each stage itself. Its others replace a preset's
 # value, in every stage whose script has them.
-GIVEN = {"teacher", "output_dir", "dataset", "benchmarks", "decontaminate", "device", "backend"}
+GIVEN = {
+    "teacher",
+    "trained_teacher",
+    "output_dir",
+    "dataset",
+    "benchmarks",
+    "decontaminate",
+    "device",
+    "backend",
+}
 
 
 # Teacher, or how its name begins -> the student that the paper (or the toy) pairs it with.
@@ -142,6 +157,10 @@ STUDENTS = {
 
 def fill_in(args) -> None:
     """Set the flags of bridge.py whose default follows from the teacher."""
+    if args.preset and args.teacher == "toy/teacher":
+        named = read_file(args.preset)
+        args.teacher = named.get("teacher", args.teacher)
+        args.student = args.student or named.get("student")
     toy = args.teacher.startswith("toy/")
     if args.student is None:
         students = [s for family, s in STUDENTS.items() if args.teacher.startswith(family)]
@@ -153,7 +172,8 @@ def fill_in(args) -> None:
     fill_in_data(args, toy)
     if args.chat_template is None and lacks_chat_template(args.student):
         args.chat_template = args.teacher
-    args.output_dir = args.output_dir or f"runs/bridge-{Path(args.teacher).name}"
+    quick = "-quick" if args.quick else ""
+    args.output_dir = args.output_dir or f"runs/bridge-{Path(args.teacher).name}{quick}"
 
 
 def fill_in_data(args, toy: bool) -> None:
@@ -202,6 +222,8 @@ def preset_of(args) -> Preset:
     """Return the built-in preset, under the user's file, under the flags of bridge.py."""
     built_in = TOY if args.teacher.startswith("toy/") else REAL
     from_file = read_preset(args.preset) if args.preset else {}
+    for kind, settings in read_preset("quick").items() if args.quick else ():
+        from_file[kind] = from_file.get(kind, {}) | settings
     for kind, like in SET_LIKE.items():
         from_file[kind] = from_file.get(like, {}) | from_file.get(kind, {})
     chosen = {n: v for n, v in vars(args).items() if v is not None and n not in GIVEN}
@@ -214,16 +236,27 @@ def preset_of(args) -> Preset:
     return preset
 
 
-def read_preset(path: str) -> Preset:
-    """Read a user's file. Raises UserError for kinds and flags that there are not, and for values
-    that a script would refuse."""
+def read_file(name: str) -> dict[str, object]:
+    """Read a preset by its name or path. Raises UserError if it is none."""
+    named = FILES / f"{name}.json"
+    path = named if named.exists() else Path(name)
     try:
-        kinds = {kind: dict(flags) for kind, flags in json.loads(Path(path).read_text()).items()}
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {key: value if key in MODELS else dict(value) for key, value in content.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        form = "a JSON object: kind of stage -> flag -> value"
-        raise UserError(f"--preset {path} is not {form} ({one_line(error)})") from error
+        names = ", ".join(sorted(file.stem for file in FILES.glob("*_day.json")))
+        form = f"{names}, or a JSON object: kind of stage -> flag -> value"
+        raise UserError(f"--preset {name} is not {form} ({one_line(error)})") from error
+
+
+def read_preset(path: str) -> Preset:
+    """Read the settings of a preset's file. Raises UserError for kinds and flags that there are
+    not, and for values that a script would refuse."""
     preset: Preset = {}
-    for kind, flags in kinds.items():
+    kinds = {key: value for key, value in read_file(path).items() if key not in MODELS}
+    for kind, listed in kinds.items():
+        pairs = {name: v if isinstance(v, dict) else {"value": v} for name, v in listed.items()}
+        flags = {name: pair["value"] for name, pair in pairs.items()}
         there = f"there is no kind of stage {kind}; there are {', '.join(KINDS)}"
         check(kind in KINDS, f"{path}: {there}")
         try:
@@ -231,8 +264,10 @@ def read_preset(path: str) -> Preset:
             parsed = parse(script_args(kind), "", words)
         except UserError as error:
             raise UserError(f"{path}: {kind}: {error}") from None
-        name = Path(path).name
-        preset[kind] = {flag: Setting(getattr(parsed, flag), source=name) for flag in flags}
+        preset[kind] = {
+            flag: Setting(getattr(parsed, flag), pair.get("source", ""), Path(path).name)
+            for flag, pair in pairs.items()
+        }
     return preset
 
 

@@ -202,6 +202,10 @@ TOY_NOTE = """
 The toy is built so that the paper's premise holds: it illustrates the mechanism, it is no evidence
 for the paper at scale.
 """
+GIVEN_NOTE = """
+The RL teacher was given (--trained_teacher): what it has cost, labels above all, is not known, and
+in no row.
+"""
 CLAIM_NOTES = """
 Difference: right side minus left side, in points, mean of the seeds' paired differences, with its
 interval at the level that Holm's procedure gives it; p: two-sided t-test of no difference.
@@ -220,7 +224,7 @@ def write_report(folder: Path, args, evaluations: list[Evaluation]) -> None:
     rows = collect(evaluations)
     claims = judge_claims(rows)
     of_toy = args.teacher.startswith("toy/") and args.task in (None, "math")
-    notes = NOTES + (TOY_NOTE if of_toy else "")
+    notes = NOTES + (TOY_NOTE if of_toy else "") + (GIVEN_NOTE if args.trained_teacher else "")
     accuracy = accuracy_table(rows, results_of(args.teacher, args.student))
     tables = f"{accuracy}\n\n{cost_table(rows)}\n{notes}"
     if claims:

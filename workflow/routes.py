@@ -60,6 +60,10 @@ RECIPES = {
 }
 
 
+# What --trained_teacher stands for.
+RL_TEACHERS = ("teacher_grpo", "full_teacher_grpo")
+
+
 class Route(NamedTuple):
     last: str  # its last training stage
     colour: str  # in the report's figure
@@ -85,6 +89,7 @@ ROUTES = {
 ROWS = {
     "models/untrained_student": "untrained student",
     "models/raw_teacher": "raw teacher",
+    "models/trained_teacher": "given RL teacher",
     "models/teacher_grpo": "RL teacher (1H)",
     "models/full_teacher_grpo": "RL teacher (all)",
     "models/teacher_sft": "SFT teacher (1H)",
@@ -189,6 +194,8 @@ class Workflow:
             return self.stages[folder]
         bases = {TEACHER: args.teacher, STUDENT: args.student}
         sources = {"model": recipe.model} | ({"teacher": recipe.teacher} if recipe.teacher else {})
+        if args.trained_teacher:
+            bases |= dict.fromkeys(RL_TEACHERS, args.trained_teacher)
         models = {
             flag: bases[source] if source in bases else self.train(source, seed)
             for flag, source in sources.items()
@@ -220,6 +227,8 @@ def plan(args, preset: Preset, machine: Machine) -> tuple[list[Stage], list[Eval
     planned = Workflow(args, preset, machine)
     planned.evaluate("models/untrained_student", None, args.student)
     planned.evaluate("models/raw_teacher", None, args.teacher)
+    if args.trained_teacher:
+        planned.evaluate("models/trained_teacher", None, args.trained_teacher)
     names = dict.fromkeys(args.routes)
     if "paper" in names:
         names |= dict.fromkeys(routes_of(args.teacher, ROUTES))
