@@ -147,14 +147,13 @@ def main(args: Args) -> None:
         print("".join(f"\nthis would not run: {problem}" for problem in problems))
         return
     began = time.perf_counter()
-    if args.only_report:
-        check_finished(stages)
-    else:
+    if not args.only_report:
         check_hardware(args, machine)
         check(not problems, "; ".join(problems))
         print_budget(stages)
         show_hours(args, machine, stages)
         run_stages(stages, args.jobs, machine.forks)
+    check_finished(stages)  # with what is there now: a file may have been replaced meanwhile
     if args.node_rank == 0:
         write_report(Path(args.output_dir), args, evaluations)
     print(f"total: {time.perf_counter() - began:.0f} s")
@@ -185,7 +184,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_finished(stages: list) -> None:
-    """Refuse --only_report while stages are unfinished."""
+    """Refuse a report while stages are unfinished, or finished with other data."""
     missing = [stage.name for stage in stages if not stage.is_finished()]
     names = ", ".join(missing[:3])
     message = f"{len(missing)} of {len(stages)} stages are not finished ({names} ...)"

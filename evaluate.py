@@ -35,7 +35,7 @@ from common.model.tokenizer import load_tokenizer
 from common.run.errors import check
 from common.run.folder import claim_folder, lock_folder, write_json, write_jsonl, writing
 from common.run.inputs import inputs_of, model_path
-from common.run.process import DATA, MAY_CHANGE, MODEL, NOT_NEGATIVE, POSITIVE, check_ranges, start
+from common.run.process import CHAT, MAY_CHANGE, MODEL, NOT_NEGATIVE, POSITIVE, check_ranges, start
 from common.run.ranks import gather, join_ranks, on_first_rank, rank
 from common.sampling.rollout import Rollout, rollout_metrics
 from common.sampling.sampler import resolve_backend, sample_and_verify
@@ -68,7 +68,7 @@ class Args:
     # --- data ---
     task: str = "math"
     """what is asked and how it is graded: math, or a .py file (docs/tasks.md)"""
-    benchmarks: Annotated[tuple[str, ...] | None, DATA] = None
+    benchmarks: tuple[str, ...] | None = None
     """names that the task knows (math: toy, math500, aime24, aime25, amc23, gsm8k), hub ids
     (owner/name:config:split) or files; default: the task's first"""
     num_problems: Annotated[int | None, POSITIVE] = None
@@ -77,7 +77,7 @@ class Args:
     """longer prompts are an error: a benchmark without its long problems is another benchmark"""
     thinking: bool = False
     """thinking mode of the chat template"""
-    chat_template: Annotated[str | None, DATA] = None
+    chat_template: Annotated[str | None, CHAT] = None
     """a .jinja file, or a model whose chat template is used; default: the model's own"""
 
     # --- sampling ---
@@ -263,8 +263,7 @@ def main(args: Args) -> None:
     names = args.benchmarks or (data.default_of(task, "benchmarks"),)
     prompts = {name: benchmark_prompts(task, name, tokenizer, args) for name in names}
     config = {"script": "evaluate", **vars(args), **on_first_rank(lambda: inputs_of(args))}
-    config["template_fingerprint"] = data.template_fingerprint(tokenizer, args)
-    config["fingerprints"] = {n: data.fingerprint(tokenizer, p, args) for n, p in prompts.items()}
+    config |= data.fingerprint(task, tokenizer, (), sum(prompts.values(), []), args)
     folder = Path(args.output_dir)
     if rank() == 0:
         claim_folder(folder, config, Args)

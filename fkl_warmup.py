@@ -40,7 +40,7 @@ from common.model.logprob import LOWEST
 from common.model.lora import trained_parameters
 from common.model.shard import clip_grad_norm, device_of
 from common.model.tokenizer import load_tokenizer, share_end_ids
-from common.run.process import DATA, MAY_CHANGE, MODEL, NOT_NEGATIVE, POSITIVE, start
+from common.run.process import CHAT, MAY_CHANGE, MODEL, NOT_NEGATIVE, POSITIVE, start
 from common.run.ranks import join_ranks, sum_dicts_over_ranks, sum_over_ranks
 from common.run.run import Run, check_training, mean
 from common.sampling.batches import micro_batches, minibatches
@@ -89,21 +89,21 @@ class Args:
     # --- data ---
     task: str = "math"
     """what is asked and what earns a reward: math, or a .py file (docs/tasks.md)"""
-    dataset: Annotated[str | None, DATA] = None
+    dataset: str | None = None
     """a hub id (owner/name:config:split), a file (docs/extending.md) or one that the task names"""
     split: Literal["all", "1H", "2H"] = "all"
     """all problems, or one of two fixed halves"""
     columns: tuple[str, ...] = ()
     """columns of other names than the task knows: problem=question answer=solution"""
-    eval_dataset: Annotated[str | None, DATA] = None
+    eval_dataset: str | None = None
     """what --eval_every evaluates on: a benchmark or a file; default: the task's first benchmark"""
-    decontaminate: Annotated[tuple[str, ...] | None, DATA] = None
+    decontaminate: tuple[str, ...] | None = None
     """sets whose problems are removed; default: for a hub dataset every benchmark, else none"""
     max_prompt_tokens: Annotated[int, POSITIVE] = 128
     """longer prompts are dropped"""
     thinking: bool = False
     """thinking mode of the chat template"""
-    chat_template: Annotated[str | None, DATA] = None
+    chat_template: Annotated[str | None, CHAT] = None
     """a .jinja file, or a model whose chat template is used; default: the model's own"""
 
     # --- rollouts ---
@@ -159,7 +159,7 @@ class Args:
     """learn the sampled tokens instead of the teacher's distribution (SFT)"""
     correct_only: bool = False
     """leave out what the verifier does not call correct: its verdicts are labels then"""
-    rollouts: Annotated[str | None, DATA] = None
+    rollouts: str | None = None
     """draw the completions of this .jsonl file instead of sampling"""
 
     def __post_init__(self) -> None:
@@ -249,7 +249,7 @@ def main(args: Args) -> None:
     eval_prompts = data.evaluation_prompts(task, tokenizer, args)
 
     # --- model ---
-    run = Run(__file__, args, data.fingerprint(tokenizer, dataset, args))
+    run = Run(__file__, args, data.fingerprint(task, tokenizer, dataset, eval_prompts, args))
     if run.finished:
         return
     model = load_for_training(args.model, args, device, trainable=True)

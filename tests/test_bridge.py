@@ -477,7 +477,8 @@ def test_lora_by_kind_of_stage():
 
 @pytest.mark.slow
 def test_the_workflow_on_another_task(tmp_path):
-    """Every stage, the evaluations and the report; a changed task file is noticed."""
+    """Every stage, the evaluations and the report; other rows and a changed task are noticed, and
+    models that were deleted are not missed."""
     (tmp_path / "tasks").mkdir()
     for path in (ROOT / "examples" / "tasks").glob("countdown*"):
         shutil.copy(path, tmp_path / "tasks")
@@ -491,6 +492,16 @@ def test_the_workflow_on_another_task(tmp_path):
     again = run("bridge", *flags)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("finished before") == 12
+    file = task.with_name("countdown_test.jsonl")
+    kept = file.read_text()
+    file.write_text(kept.replace('"target": ', '"target": 9'))
+    replaced = run("bridge", *flags)
+    assert replaced.returncode == 2
+    assert "prompts_fingerprint" in replaced.stderr
+    file.write_text(kept)
+    for model in (folder / "seed_0").glob("*/final"):
+        shutil.rmtree(model)
+    assert run("bridge", *flags).stdout.count("finished before") == 12
     task.write_text(task.read_text() + "\n# changed\n")
     changed = run("bridge", *flags)
     assert changed.returncode == 2

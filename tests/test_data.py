@@ -5,16 +5,18 @@ import dataclasses
 import json
 import re
 import shutil
+from pathlib import Path
 
 import datasets
 import pytest
 from conftest import problem_of
+from huggingface_hub import constants
 
 import evaluate
 import opd
 from common.model.tokenizer import load_tokenizer
 from common.run.errors import UserError
-from common.run.inputs import ROOT, inputs_of
+from common.run.inputs import ROOT, hash_of_source, hash_of_task, inputs_of
 from common.tasks import data
 from common.tasks.math import instruction, key
 from common.tasks.task import Task
@@ -411,12 +413,13 @@ def test_long_prompts_are_dropped_and_counted(tokenizer, capsys):
         data.render_prompts(tokenizer, problems[1:], Short)
 
 
-def test_fingerprint_changes_with_the_data(tokenizer):
+def test_fingerprint_changes_with_the_data(task, tokenizer):
     prompts = data.render_prompts(tokenizer, [problem_of("1+1", "2")], Args)
     other = data.render_prompts(tokenizer, [problem_of("1+1", "3")], Args)
-    before = data.fingerprint(tokenizer, prompts, Args)
-    assert data.fingerprint(tokenizer, prompts, Args) == before
-    assert data.fingerprint(tokenizer, other, Args) != before
+    before = data.fingerprint(task, tokenizer, prompts, [], Args)
+    assert data.fingerprint(task, tokenizer, prompts, [], Args) == before
+    assert data.fingerprint(task, tokenizer, other, [], Args) != before
+    assert data.fingerprint(task, tokenizer, prompts, other, Args) != before
 
 
 def templated(tokenizer, template: str):
@@ -425,13 +428,13 @@ def templated(tokenizer, template: str):
     return changed
 
 
-def test_fingerprint_goes_by_what_the_template_writes(tokenizer):
+def test_fingerprint_goes_by_what_the_template_writes(task, tokenizer):
     """A template may write today's date: the same prompts a day later are others."""
     problems, prints = [problem_of("1+1", "2")], []
     for date in ("24 Nov 2026", "25 Nov 2026"):
         dated = templated(tokenizer, date + tokenizer.chat_template)
         prompts = data.render_prompts(dated, problems, Args)
-        prints.append(data.fingerprint(dated, prompts, Args))
+        prints.append(data.fingerprint(task, dated, prompts, [], Args))
     assert prints[0]["prompts_fingerprint"] != prints[1]["prompts_fingerprint"]
     assert prints[0]["template_fingerprint"] != prints[1]["template_fingerprint"]
 
@@ -471,24 +474,92 @@ def test_a_template_that_refuses_a_system_message(tokenizer):
         data.render_prompts(changed, [briefed], Args)
 
 
-def test_fingerprints_of_models_and_files(tmp_path):
-    """By what lies there, not by its name."""
-    model, rows = tmp_path / "model", tmp_path / "rows.jsonl"
+MODEL_FILES = ["config.json", "generation_config.json", "special_tokens_map.json", "vocab.json"]
+MODEL_FILES += ["added_tokens.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"]
+MODEL_FILES += ["chat_template.jinja", "merges.txt", "model-00002-of-00002.safetensors"]
+
+
+def test_a_model_is_all_files_that_change_a_rollout_or_a_weight(tmp_path):
+    model, file = tmp_path / "model", tmp_path / "other.jinja"
     shutil.copytree(ROOT / "toy" / "student", model)
-    rows.write_text("{}")
-    args = opd.Args(model=str(model), teacher="owner/name", dataset=str(rows))
+    file.write_text("one")
+    args = opd.Args(model=str(model), teacher="owner/name", chat_template=str(file))
     before = inputs_of(args)
     assert before["teacher_fingerprint"] is None  # nothing of it is on this machine
-    assert inputs_of(args) == before
-    (model / "notes.txt").write_text("new")
+    for name in ("notes.txt", "config.json~", "tokenizer.json.bak", "run.log"):
+        (model / name).write_text("new")
     assert inputs_of(args) == before
     weights = bytearray((model / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (model / "model.safetensors").write_bytes(weights)
-    replaced = inputs_of(args)
-    assert replaced["model_fingerprint"] != before["model_fingerprint"]
-    rows.write_text("{} ")
-    assert inputs_of(args) != replaced
+    seen = [before["model_fingerprint"], inputs_of(args)["model_fingerprint"]]
+    for name in MODEL_FILES:
+        (model / name).write_text("{}")
+        seen.append(inputs_of(args)["model_fingerprint"])
+    assert len(set(seen)) == len(seen)
+    file.write_text("two")
+    assert inputs_of(args)["chat_template_fingerprint"] != before["chat_template_fingerprint"]
+
+
+TASK = """
+import helper, json
+datasets = {"train": "rows.jsonl", "hub": ("owner/name", None, None)}
+benchmarks = {"held out": "held_out.jsonl"}
+def prompt(row): return row["problem"]
+def grade(completion, row):
+    from package.late import right
+    return right(completion, row["answer"])
+"""
+IMPORTED = {
+    "helper.py": "from deeper import *",
+    "deeper.py": "",
+    "package/late.py": "from . import relative\nright = str.__eq__",  # without an __init__.py
+    "package/relative.py": "def broken(:",
+}
+BESIDE = {"mine.log": "", "my[v2].py~": "", "my[v2]_notes.jsonl": "{}", "json.py": "", "run.py": ""}
+
+
+@pytest.fixture
+def own_task(tmp_path):
+    for name, text in {"my[v2].py": TASK, **IMPORTED}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    write(tmp_path / "rows.jsonl", [{"problem": "1+1", "answer": "2"}])
+    write(tmp_path / "held_out.jsonl", [{"problem": "1+2", "answer": "3"}])
+    return tmp_path / "my[v2].py"
+
+
+def test_a_task_is_its_file_and_what_that_imports_from_its_folder(own_task):
+    before = hash_of_task(str(own_task))
+    for name, text in BESIDE.items():
+        (own_task.parent / name).write_text(text)
+    assert hash_of_task(str(own_task)) == before
+    seen = [before]
+    for name, text in {own_task.name: TASK, **IMPORTED}.items():
+        (own_task.parent / name).write_text(text + "\n# changed")
+        seen.append(hash_of_task(str(own_task)))
+    assert len(set(seen)) == len(seen)
+
+
+def test_a_task_remembers_what_its_rows_were_read_from(own_task, tmp_path, monkeypatch):
+    """Names are resolved: to files by their content, to the commit in the hub's local cache."""
+    on_hub(monkeypatch, train=[ROW])
+    ref = tmp_path / "hub" / "datasets--owner--name" / "refs" / "main"
+    ref.parent.mkdir(parents=True)
+    ref.write_text("1a2b")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    rows, held_out = (str(own_task.parent / name) for name in ("rows.jsonl", "held_out.jsonl"))
+    with Task(str(own_task)) as task:
+        data.load_problems(task, "train")
+        data.load_evaluation_problems(task, "held out")
+        data.load_problems(task, "hub")
+    assert set(task.sources) == {rows, held_out, "owner/name"}
+    assert {name: hash_of_source(name) for name in task.sources} == task.sources
+    assert task.sources["owner/name"] == "1a2b"
+    ref.write_text("3c4d")
+    write(Path(rows), [{"problem": "1+1", "answer": "999"}])
+    moved = {name for name in task.sources if hash_of_source(name) != task.sources[name]}
+    assert moved == {rows, "owner/name"}
 
 
 SWITCH = "{% if not enable_thinking %}<think>\n\n</think>{% endif %}"

@@ -6,12 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from test_scripts import SMALL, run_process
 
+from common.run.errors import UserError
 from common.run.inputs import ROOT
+from common.run.process import STOP, Stopped
+from workflow import processes
 from workflow.processes import run_script, start_forked
+from workflow.stages import Stage
 
 
 def fork(*words: object) -> tuple[int, str]:
@@ -75,6 +80,107 @@ def test_bad_flags_are_one_line():
     assert code == 2
     assert output.startswith("error: ")
     assert output.count("\n") == 1
+
+
+TASK = """
+from common.tasks.math import *
+datasets = {"sums": "sums.jsonl"}
+benchmarks = {"held out": "held_out.jsonl"} | datasets
+"""
+
+
+def test_a_stage_is_finished_if_its_rows_are_what_they_were(tmp_path, capsys):
+    """A file that was replaced is looked at again by its stage, which goes by the rows."""
+    task, file = tmp_path / "sums.py", tmp_path / "sums.jsonl"
+    task.write_text(TASK)
+    (tmp_path / "held_out.jsonl").write_text('{"problem": "1+1", "answer": "2"}')
+    rows = [{"problem": f"{n}+1", "answer": str(n + 1)} for n in range(10, 18)]
+    fixed = {"task": str(task), "output_dir": str(tmp_path / "eval")}
+    fixed |= {"benchmarks": ("sums",), "num_samples": 1, "device": "cpu"}
+    stages = [Stage("eval", "evaluate", "evaluate.py", tmp_path / "eval", fixed, {})]
+    fixed = fixed | {"dataset": "sums", "learning_rate": 1e-3, "output_dir": str(tmp_path / "run")}
+    fixed = {name: fixed[name] for name in fixed if name not in ("benchmarks", "num_samples")}
+    fixed |= {"num_steps": 1, "warmup_steps": 0, "prompts_per_step": 2, "group_size": 2}
+    stages.append(Stage("run", "opd", "opd.py", tmp_path / "run", fixed, {}))
+
+    def run_with(rows: list[dict], separators=(",", ":")) -> str:
+        text = "".join(json.dumps(row, separators=separators) + "\n" for row in rows)
+        file.write_text(text)
+        processes.run_stages(stages, 1, processes.FORKS is not None)
+        return capsys.readouterr().out
+
+    run_with(rows)
+    assert run_with(rows).count("finished before") == 2
+    assert "is there already" in run_with(rows, (", ", ": "))
+    assert run_with(rows, (", ", ": ")).count("finished before") == 2
+    for first in (0, 1):
+        stages[:] = stages[first:]
+        with pytest.raises(UserError, match="of another config .*prompts_fingerprint"):
+            run_with([row | {"answer": "999"} for row in rows])
+        assert f"{file}: not the file or the commit" in capsys.readouterr().out
+
+
+def test_a_signal_waits_until_the_child_has_an_owner(tmp_path, monkeypatch):
+    """Every child is ended and reaped, though the signal comes while it starts."""
+    started = []
+
+    class Interrupted(processes.Child):
+        def __init__(self, *args):
+            super().__init__(*args)
+            started.append(self)
+            STOP.catch(signal.SIGINT, None)
+
+    (tmp_path / "stub.py").write_text("import time; time.sleep(600)")
+    monkeypatch.setattr(processes, "ROOT", tmp_path)
+    monkeypatch.setattr(processes, "Child", Interrupted)
+    monkeypatch.setattr(STOP, "number", None)
+    with pytest.raises(Stopped, match="SIGINT"):
+        processes.run_stages([Stage("a", "", "stub.py", tmp_path / "a", {}, {})], 1)
+    assert started[0].process.returncode is not None
+
+
+WORKFLOW = """
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from common.run.process import start
+from workflow import processes
+from workflow.stages import Stage
+
+@dataclass
+class Args:
+    pass
+
+def main(args):
+    folder = Path(sys.path[-1])
+    processes.ROOT, processes.PRELOADED[:] = folder, ["slow"]
+    processes.run_stages([Stage("a", "", "stub.py", folder / "a", {}, {})], 1, True)
+
+sys.path.append(sys.argv.pop())
+start(main, Args, "")
+"""
+
+
+def test_ctrl_c_while_the_warm_python_starts(tmp_path):
+    """It reaches the whole group of processes: one line, and no stage is left."""
+    loading, pid = tmp_path / "loading", tmp_path / "pid"
+    slow = f"import pathlib, time; pathlib.Path({str(loading)!r}).touch(); time.sleep(1)"
+    (tmp_path / "slow.py").write_text(slow)
+    stub = f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid()))"
+    (tmp_path / "stub.py").write_text(f"{stub}; time.sleep(600)")
+    command = [sys.executable, "-c", WORKFLOW, str(tmp_path)]
+    how = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "start_new_session": True}
+    workflow = subprocess.Popen(command, **how, cwd=ROOT, text=True)
+    while not loading.exists():
+        time.sleep(0.02)
+    os.killpg(workflow.pid, signal.SIGINT)
+    _, printed = workflow.communicate(timeout=60)
+    assert workflow.returncode == 128 + signal.SIGINT, printed
+    assert printed.splitlines()[-1] == "stopped by SIGINT; the same command goes on"
+    assert "Traceback" not in printed
+    if pid.exists():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid.read_text()), 0)
 
 
 def test_a_killed_workflow_leaves_no_server_and_no_stage(tmp_path):

@@ -287,7 +287,8 @@ task.pool.close()
 sets = [data.training_prompts(task, tokenizer, args)]
 sets.append(data.evaluation_prompts(task, tokenizer, args))
 sizes, workers = gather([list(map(len, sets))]), gather([len(task.pool._workers) > 0])
-prints = gather([data.fingerprint(tokenizer, s, args)["prompts_fingerprint"] for s in sets])
+prints = [data.fingerprint(task, tokenizer, s, [], args)["prompts_fingerprint"] for s in sets]
+prints = gather(prints)
 task.pool.close()
 print(sizes, workers, prints[:2] == prints[2:])
 """

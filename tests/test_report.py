@@ -14,7 +14,6 @@ import bridge
 from common.run.errors import UserError
 from common.run.inputs import ROOT, inputs_of
 from common.statistics import judge, t_interval, t_test
-from common.tasks.data import template_fingerprint
 from workflow.fit import find_machine
 from workflow.paper_results import CLAIMS, RESULTS, results_of
 from workflow.presets import fill_in, preset_of
@@ -86,17 +85,16 @@ def planned(args: bridge.Args):
     return plan(args, preset_of(args), find_machine(args))
 
 
-def make_up(stages, tokenizer) -> None:
+def make_up(stages) -> None:
     """Finished stages with numbers that tell them apart: the n-th has 10^4 n tokens and so on."""
     for n, stage in enumerate(stages, 1):
         stage.folder.mkdir(parents=True)
         script = importlib.import_module(stage.script.removesuffix(".py"))
         config = vars(script.Args(**stage.flags))
         if stage.script != "evaluate.py":
-            config |= {"num_problems": 300 if stage.fixed_flags["split"] == "all" else 150}
+            config |= {"training_problems": 300 if stage.fixed_flags["split"] == "all" else 150}
         shutil.copytree(ROOT / "toy" / "student", stage.folder / "final")
         config |= inputs_of(script.Args(**stage.flags))
-        config["template_fingerprint"] = template_fingerprint(tokenizer, script.Args(**stage.flags))
         config["environment"] = {
             "machine": "2 cores",
             "git_commit": f"c{stage.fixed_flags['seed']}",
@@ -121,12 +119,12 @@ def make_up(stages, tokenizer) -> None:
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory, tokenizer):
+def study(tmp_path_factory):
     """Every route of two seeds, made up."""
     folder = tmp_path_factory.mktemp("study")
     args = bridge.Args(routes=("all",), seeds=(1, 2), output_dir=str(folder), only_report=True)
     stages, _ = planned(args)
-    make_up(stages, tokenizer)
+    make_up(stages)
     bridge.main(args)
     results = json.loads((folder / "results.json").read_text())
     return folder, stages, results
@@ -212,6 +210,25 @@ def test_report_shows_routes_claims_and_conditions(study):
     assert (folder / "report.png").read_bytes()[:4] == b"\x89PNG"
     setting = results["setting"]  # of the stages, whoever writes the report
     assert (setting["machine"], setting["git_commit"]) == ("2 cores", "c0; c1; c2")
+
+
+def test_a_finished_study_needs_no_model_between_its_stages(tmp_path):
+    """Deleted ones are no replaced ones: it is reported. What is yet to run names what must run
+    again before."""
+    args = {"output_dir": str(tmp_path / "study"), "routes": ("half",)}
+    stages = {stage.name: stage for stage in planned(bridge.Args(**args))[0]}
+    make_up(stages.values())
+    for name in ("teacher_grpo", "fkl_warmup", "opd"):
+        shutil.rmtree(stages[name].folder / "final")
+    (stages["student_grpo"].folder / "final" / "model.safetensors").unlink()
+    bridge.main(bridge.Args(**args, only_report=True))
+    assert len(json.loads((tmp_path / "study" / "results.json").read_text())["rows"]) == 6
+    message = "".join(f".*seed_0/{n} too, and {n} runs again" for n in ("teacher_grpo", "opd"))
+    with pytest.raises(UserError, match=message):  # replay_grpo goes on from opd's model
+        bridge.main(bridge.Args(**args | {"routes": ("half", "replay")}))
+    shutil.copytree(ROOT / "toy" / "teacher", stages["opd"].folder / "final")
+    with pytest.raises(UserError, match=r"eval_opd was finished with other files \(model_"):
+        bridge.main(bridge.Args(**args, only_report=True))
 
 
 def test_only_report_needs_finished_stages(tmp_path):

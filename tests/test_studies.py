@@ -2,11 +2,15 @@
 runs; the map and the warmups as whole commands, with tiny stages."""
 
 import json
+import os
 import random
+import signal
 
 import pytest
 from conftest import SEED
 
+from common.run.errors import UserError
+from common.run.process import STOP, Stopped
 from common.statistics import t_interval
 from toy import map as toy_map
 from toy import studies, warmups
@@ -55,6 +59,38 @@ def test_teachers_are_shared_and_students_are_not(tmp_path):
     (folder / "seed_1" / "teacher_grpo" / "file").write_text("its own")
     studies.share_teachers(source, folder)
     assert (folder / "seed_1" / "teacher_grpo" / "file").read_text() == "its own"
+
+
+def test_a_student_is_made_once_and_of_the_shipped_one(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(studies, "run", made.append)
+    monkeypatch.setattr(studies, "hash_of_model", lambda name: "1a2b")
+    for _ in range(2):
+        assert studies.make_student(0.02, tmp_path) == str(tmp_path / "student")
+    assert len(made) == 1
+    monkeypatch.setattr(studies, "hash_of_model", lambda name: "3c4d")
+    with pytest.raises(UserError, match="was made of another toy/student; choose another"):
+        studies.make_student(0.02, tmp_path)
+
+
+def test_a_study_waits_for_what_its_script_saves(tmp_path, monkeypatch):
+    """Ctrl-C reaches the script once."""
+    (tmp_path / "stub.py").write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "def save(*_): time.sleep(0.3), pathlib.Path('saved').touch(), sys.exit(130)\n"
+        "signal.signal(signal.SIGINT, save)\n"
+        "os.kill(int(sys.argv[1]), signal.SIGINT)\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    monkeypatch.setattr(STOP, "number", None)
+    before = signal.signal(signal.SIGINT, STOP.catch)
+    try:
+        with pytest.raises(Stopped):
+            studies.run(["stub.py", str(os.getpid())])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (tmp_path / "saved").exists()
 
 
 def test_a_table_cell_is_the_mean_with_its_interval():

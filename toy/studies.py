@@ -9,8 +9,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.run.errors import RunFailure
-from common.run.inputs import ROOT
+from common.run.errors import RunFailure, check
+from common.run.folder import write_json
+from common.run.inputs import ROOT, hash_of_model
+from common.run.process import STOP, Stopped
 from common.statistics import t_interval
 
 # No student has part in them, so that a study of several students runs them once.
@@ -19,9 +21,13 @@ TEACHERS = ("teacher_grpo", "full_teacher_grpo")
 
 def make_student(use: float, folder: Path) -> str:
     """The shipped student, tuned to begin step by step in the share `use` of its answers."""
-    student = folder / "student"
-    if not (student / "model.safetensors").exists():
+    student, record = folder / "student", folder / "made_of.json"
+    made_of = {"use": use, "student": hash_of_model("toy/student")}
+    if not record.exists():
         run(["-m", "toy.make", "--only", "student", "--use", str(use), "--output_dir", str(folder)])
+        write_json(record, made_of)
+    same = json.loads(record.read_text()) == made_of
+    check(same, f"{student} was made of another toy/student; choose another --output_dir")
     return str(student)
 
 
@@ -32,10 +38,20 @@ def bridge(folder: Path, seeds: tuple[int, ...], flags: list[str]) -> "Results":
 
 
 def run(words: list[str]) -> None:
+    """Run a script of this repository. Ctrl-C reaches it once, through the study, and is waited
+    for: it saves what it has done."""
     print("python", *words, flush=True)
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL)
-    if done.returncode:
-        raise RunFailure(f"python {words[0]} ended with exit code {done.returncode}")
+    command, how = [sys.executable, *words], {"start_new_session": True}
+    try:
+        with STOP.held():
+            child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, **how)
+        code = child.wait()
+    except Stopped as stop:
+        child.send_signal(stop.number)
+        child.wait()
+        raise
+    if code:
+        raise RunFailure(f"python {words[0]} ended with exit code {code}")
 
 
 def share_teachers(source: Path, folder: Path) -> None:

@@ -238,6 +238,11 @@ def check_fit(args, machine: Machine, stages: list[Stage]) -> tuple[list, list, 
     problems, rows, details, disk = [], [], [], 0.0
     for stage in (stage for stage in stages if not stage.manifest.exists()):
         model = stage.base_model(stage.fixed_flags["model"])
+        problems += [
+            f"{gone.final} was deleted, and what is to run needs it: delete {gone.folder} too, and "
+            f"{gone.name} runs again"
+            for gone in stage.deleted_models()
+        ]
         try:
             need = need_of(stage, machine, stage.args())
         except UserError as error:  # there is no plan of a model

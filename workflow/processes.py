@@ -10,30 +10,44 @@ import signal
 import subprocess
 import sys
 import threading
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 
 from common.run.errors import RunFailure, UserError
 from common.run.inputs import ROOT
-from common.run.process import Stopped
+from common.run.process import STOP, Stopped
 from workflow.stages import Stage
 
 # One rank on a CPU is forked from a warm Python, which has paid for the imports already. It runs no
 # torch operation and starts no thread, so that a child is what a fresh Python is after its imports.
 FORKS = multiprocessing.get_context("forkserver") if sys.platform == "linux" else None
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PRELOADED = ["grpo", "opd", "fkl_warmup", "evaluate", "workflow.processes"]
 PRELOADED += ["torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor"]
 PRELOADED += ["transformers.modeling_utils", "common.sampling.decoding"]
 
 
 def start_forked(run, *args) -> multiprocessing.Process:
-    """Call run(*args) in a child that is forked from the warm Python."""
+    """Call run(*args) in a child that is forked from the warm Python. Ctrl-C, which reaches that
+    Python too, is for the workflow alone."""
     FORKS.set_forkserver_preload(PRELOADED)
-    with contextlib.chdir(ROOT):  # where the server finds what it preloads
-        forkserver.ensure_running()
-    process = FORKS.Process(target=run, args=args)
+    resource_tracker.ensure_running()  # it would unblock the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        with contextlib.chdir(ROOT):  # where the server finds what it preloads
+            forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    process = FORKS.Process(target=unblocked, args=(run, *args))
     process.start()
     return process
+
+
+def unblocked(run, *args) -> None:
+    """Call run(*args) where signals end the process, until it says otherwise."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    run(*args)
 
 
 def run_script(words: list[str], output: Connection) -> None:
@@ -68,7 +82,7 @@ class Child:
             if forks:
                 self.process = start_forked(run_script, words, writer)
                 return
-            if stage.launcher[0] == "torchrun":
+            if stage.launcher[0] == "torchrun" and not stage.manifest.exists():
                 launcher += ["-m", "torch.distributed.run", *stage.launcher[1:]]
             pipes = {"stdout": writer, "stderr": writer}
             self.process = subprocess.Popen([*launcher, *words], **pipes, start_new_session=True)
@@ -128,19 +142,22 @@ def run_stages(stages: list[Stage], jobs: int, forks: bool = False) -> None:
                         done.add(stage.folder)
                         continue
                     print(f"\n# {stage.name}\n{stage.command}", flush=True)
-                    child = Child(stage, forks)
-                    running.register(child.output, selectors.EVENT_READ, child)
+                    with STOP.held():
+                        child = Child(stage, forks)
+                        running.register(child.output, selectors.EVENT_READ, child)
                 for key, _ in running.select() if running.get_map() else ():
                     if not key.data.pass_on(echo=jobs == 1):
-                        running.unregister(key.fileobj)
-                        key.data.finish()
+                        with STOP.held():
+                            running.unregister(key.fileobj)
+                            key.data.finish()
                         done.add(key.data.stage.folder)
         except BaseException as error:
             number = error.number if isinstance(error, Stopped) else signal.SIGTERM
             children = [key.data for key in running.get_map().values()]
-            for child in children:
-                with contextlib.suppress(ProcessLookupError):  # it has just ended
-                    os.kill(child.process.pid, number)
-            for child in children:
-                child.wait()
+            with STOP.held():
+                for child in children:
+                    with contextlib.suppress(ProcessLookupError):  # it has just ended
+                        os.kill(child.process.pid, number)
+                for child in children:
+                    child.wait()
             raise

@@ -35,7 +35,7 @@ def cost_of(evaluation: Evaluation) -> dict[str, float]:
     for stage in stages:
         if stage.name in paid:
             config = json.loads((stage.folder / "config.json").read_text())
-            count = min(done[stage.name]["cursor"], config["num_problems"])
+            count = min(done[stage.name]["cursor"], config["training_problems"])
             split = stage.fixed_flags["split"]
             labels[split] = max(count, labels.get(split, 0))
     student_steps, stage = 0, evaluation.stage

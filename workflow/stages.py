@@ -3,14 +3,11 @@
 import json
 import shlex
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
-from common.model.tokenizer import load_tokenizer
 from common.run.errors import check
 from common.run.folder import may_change
-from common.run.inputs import inputs_of
-from common.tasks.data import template_fingerprint
+from common.run.inputs import has_weights, hash_of_source, inputs_of
 from workflow.presets import Preset, Setting, as_words, script_args
 
 
@@ -112,9 +109,19 @@ class Stage:
         stages += [] if self.script == "evaluate.py" else [self]
         return list({stage.name: stage for stage in stages}.values())
 
+    def deleted_models(self) -> list["Stage"]:
+        """Return the finished stages whose final model is gone, and is needed to run this one; the
+        first one first."""
+        gone = [s for s in self.needs if s.manifest.exists() and not has_weights(s.final)]
+        return [stage for s in gone for stage in (*s.deleted_models(), s)]
+
     def is_finished(self) -> bool:
-        """Tell whether it was finished before. Raises UserError if that was with other settings, or
-        with other files than those that lie there now."""
+        """Tell whether it was finished before, with the data that is there now. What is gone since,
+        as a model that was deleted, is taken to be what it was. Raises UserError if it was finished
+        with other settings, or with another model or task.
+
+        False too if a dataset's file or commit is another one: whether its rows are others is for
+        the script to say, which reads them."""
         if not self.manifest.exists():
             return False
         config = json.loads((self.folder / "config.json").read_text())
@@ -126,19 +133,18 @@ class Stage:
             f"{self.folder} was finished with other settings ({', '.join(differing)}); "
             "choose another --output_dir",
         )
-        models = (args.model, self.flags.get("teacher"), args.chat_template)
-        template = {"template_fingerprint": template_fingerprint(_tokenizer_of(*models), args)}
-        now = inputs_of(args) | template
-        replaced = [name for name in now if config.get(name) != now[name]]
+        now = inputs_of(args)
+        replaced = [name for name in now if now[name] not in (None, config.get(name))]
         check(
             not replaced,
             f"{self.folder} was finished with other files ({', '.join(replaced)}): what lies there "
             "now was put there since; choose another --output_dir",
         )
-        return True
-
-
-_tokenizer_of = cache(load_tokenizer)  # many stages have one
+        sources = config.get("sources", {})
+        moved = [name for name in sources if hash_of_source(name) not in (None, sources[name])]
+        if moved:
+            print(f"{', '.join(moved)}: not the file or the commit that {self.name} has read")
+        return not moved
 
 
 # === what --dry_run shows ===

@@ -52,6 +52,8 @@ def claim_folder(folder: Path, config: dict[str, object], args_type: type) -> No
         ]
         message = f"{folder} holds a run of another config ({'; '.join(differences)})"
         check(not differences, message + "; choose another --output_dir")
+        if old.get("sources") != config["sources"]:  # other bytes, the same rows
+            write_json(path, old | {"sources": config["sources"]})
         return
     if folder.exists():
         empty = folder.is_dir() and not any(folder.iterdir())
@@ -66,7 +68,7 @@ def claim_folder(folder: Path, config: dict[str, object], args_type: type) -> No
 def may_change(args_type: type) -> set[str]:
     """Return the keys of config.json that may differ when a run is resumed."""
     flags = {name for name, marks in marks_of(args_type).items() if MAY_CHANGE in marks}
-    return flags | {"environment"}
+    return flags | {"environment", "sources"}
 
 
 def lock_folder(folder: Path) -> io.TextIOBase:

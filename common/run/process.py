@@ -77,8 +77,8 @@ POSITIVE, NOT_NEGATIVE = Range(zero_allowed=False), Range(zero_allowed=True)
 # Of a flag that says how a run is watched or where it fits, not what it computes: it may differ
 # when the run is resumed.
 MAY_CHANGE = "may change"
-# Of a flag that names a model, or a dataset or other file: its contents are hashed into the config.
-MODEL, DATA = "names a model", "names data"
+# Of a flag that names a model or a chat template: its files are hashed into the config.
+MODEL, CHAT = "names a model", "names a chat template"
 
 
 def marks_of(args_type: type) -> dict[str, tuple]:
@@ -136,6 +136,17 @@ class StopRequest:
         if not self.in_loop:
             raise Stopped(number)
         print("\nstopping after this phase; a second signal stops at once", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def held(self):
+        """Obey a signal at the end of the block: a child that starts in it gets an owner first."""
+        self.in_loop = True
+        try:
+            yield
+        finally:
+            self.in_loop = False
+        if self.number is not None:
+            raise Stopped(self.number)
 
 
 STOP = StopRequest()  # signal handlers belong to the process

@@ -12,6 +12,7 @@ import torch
 
 from common.model.tokenizer import end_ids
 from common.run.errors import check
+from common.run.inputs import hash_of_source
 from common.run.ranks import gather, on_first_rank
 from common.tasks.data import Prompt
 from common.tasks.rows import read_jsonl
@@ -107,6 +108,7 @@ def load_rollouts(
     """
     prompt_of = {prompt.problem.key: prompt for prompt in prompts}
     rows, ends = read_jsonl(Path(path)), end_ids(tokenizer)
+    task.sources[path] = hash_of_source(path)
     for number, row in enumerate(rows, 1):
         texts = isinstance(row.get("problem"), str) and isinstance(row.get("completion"), str)
         check(texts, f"{path}, row {number}: needs text columns problem and completion")

@@ -247,14 +247,17 @@ def default_of(task: Task, kind: str) -> str:
     return next(iter(known))
 
 
-def fingerprint(tokenizer, dataset: Sequence, args) -> dict[str, object]:
+def fingerprint(
+    task: Task, tokenizer, dataset: Sequence, eval_prompts: Sequence[Prompt], args
+) -> dict[str, object]:
     """Return what a resumed run must find unchanged beside its Args: the data, prompts or given
     rollouts, and how it is put. A template may write today's date, so prompts count as their token
-    ids."""
+    ids. The sources may change: the rows in them count."""
     return {
-        "num_problems": len({item.problem.key for item in dataset}),
-        "prompts_fingerprint": _hash_of("".join(f"{item.identity}\n" for item in dataset)),
+        "training_problems": len({item.problem.key for item in dataset}),
+        "prompts_fingerprint": _hash_of("\n".join(i.identity for i in (*dataset, *eval_prompts))),
         "template_fingerprint": template_fingerprint(tokenizer, args),
+        "sources": task.sources,
     }
 
 

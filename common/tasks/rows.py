@@ -8,20 +8,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from common.run.errors import UserError, check, one_line
+from common.run.inputs import hash_of_source
 from common.tasks.task import Task
 
 FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def read_rows(task: Task, source: str, evaluated: bool) -> Iterator[dict]:
-    """Yield the rows of a name that the task knows, a hub id or a file. evaluated: a name may be a
-    training set's and a benchmark's, and a hub id has another split for each."""
+    """Yield the rows of a name that the task knows, a hub id or a file, and add it to the task's
+    sources. evaluated: a name may be a training set's and a benchmark's, and a hub id has another
+    split for each."""
     known = task.benchmarks if evaluated else task.datasets
     place = known.get(source, source)
     if source in known and isinstance(place, str):
         place = str(task.file.parent / place)
     if isinstance(place, str) and place.endswith(FILES):
-        return _read_file(Path(place))
+        yield from _read_file(Path(place))
+        task.sources[place] = hash_of_source(place)
+        return
     if isinstance(place, str):
         place = [part or None for part in (*place.split(":", 2), "", "")[:3]]
     names = "".join(f"{name}, " for name in known)
@@ -30,7 +34,8 @@ def read_rows(task: Task, source: str, evaluated: bool) -> Iterator[dict]:
         f"unknown dataset {source}: give {names}a hub id (owner/name:config:split), or a file "
         f"({', '.join(FILES)})",
     )
-    return _read_hub(source, *place, "test" if evaluated else "train")
+    yield from _read_hub(source, *place, "test" if evaluated else "train")
+    task.sources[place[0]] = hash_of_source(place[0])
 
 
 def _read_hub(

@@ -58,6 +58,7 @@ class Task:
         self.name, self.file = name, task_path(name)
         is_task = self.file.is_file() and self.file.suffix == ".py"
         check(is_task, f"there is no task {name}; give math or a .py file")
+        self.sources: dict[str, str | None] = {}  # of the rows read so far: a hash of each
         self.pool = WorkerPool(self.file)
         declared = on_first_rank(self.pool.declarations)
         self.pool.timeout_s = declared["grade_timeout"] if timeout_s is None else timeout_s
