@@ -120,7 +120,7 @@ def test_the_tables_of_routes_name_only_what_there_is():
     for route in ROUTES.values():
         visit(route.last)
     assert seen == RECIPES.keys()
-    models = {TEACHER.replace(" ", "_"), STUDENT.replace(" ", "_"), *RECIPES}
+    models = {*(name.replace(" ", "_") for name in (TEACHER, STUDENT)), "trained_teacher", *RECIPES}
     assert {row.partition("/")[0] for row in ROWS} == {"models", *ROUTES}
     assert {row.partition("/")[2] for row in ROWS} <= models
     for name, route in ROUTES.items():
@@ -170,9 +170,9 @@ def test_a_users_preset_lies_over_the_built_in_one(tmp_path):
         ({"opd": {"learning_rate": "high"}}, "opd: .*parsing --learning_rate: .*'high'"),
         ({"opd": {"num_steps": 1.5}}, "opd: .*parsing --num_steps: .*'1.5'"),
         ({"opd": {"seed": 3}}, "a preset cannot set seed of opd: the workflow does"),
-        ({"opd": [1]}, "mine.json is not a JSON object: kind of stage -> flag -> value"),
-        ([1], "mine.json is not a JSON object"),
-        ('{"opd": ', "mine.json is not a JSON object"),
+        ({"opd": [1]}, "mine.json is not .* a JSON object: kind of stage -> flag -> value"),
+        ([1], "mine.json is not .* a JSON object"),
+        ('{"opd": ', "mine.json is not .* a JSON object"),
     ],
 )
 def test_a_preset_that_cannot_be_is_refused_in_one_line(tmp_path, content, message):

@@ -143,7 +143,7 @@ def test_what_others_hold_of_a_gpu_is_not_planned_with(monkeypatch, capsys):
     own = {name: value for name, value in ONE_GPU.items() if name != "gpu_memory_gb"}
     own |= {"teacher_lora_rank": 32}
     monkeypatch.setattr(fit, "look", lambda: H100)
-    assert "GPU(s) of" not in plan_of(capsys, **own)[1]
+    assert "on each of 1 GPU(s)" not in plan_of(capsys, **own)[1]
     monkeypatch.setattr(fit, "look", lambda: replace(H100, free=0.3))
     printed = plan_of(capsys, **own)[1]
     assert "of 85 GB, of which 26 GB are free (nvidia-smi)" in printed
