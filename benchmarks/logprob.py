@@ -123,6 +123,20 @@ def head(args: Args, device: torch.device) -> None:
     )
 
 
+def against_float64(args: Args, device: torch.device) -> None:
+    """Print how far log-probs and their gradient are from those in float64, over 64 rows."""
+    logits = (4 * torch.randn(64, args.words, device=device)).to(DTYPES[args.dtype])
+    tokens = torch.randint(args.words, (64,), device=device)
+    exact = logits.double().requires_grad_()
+    expected = exact.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+    expected.sum().backward()
+    leaf = logits.clone().requires_grad_()
+    found = logprob.token_logprobs(leaf, tokens)[0]
+    (gradient,) = torch.autograd.grad(found.sum(), leaf)
+    error, slope = (found - expected).abs().max(), (gradient - exact.grad).abs().max()
+    print(f"against float64: log-probs within {error:.1e}, their gradient within {slope:.1e}")
+
+
 def loss_on_slices(args: Args, device: torch.device) -> None:
     """Time OPD's loss with its metrics, forward and backward, over one chunk: as row_slices cuts
     it, by fewer and by more rows."""
@@ -180,6 +194,7 @@ def kernels(args: Args, device: torch.device) -> None:
 
 def main(args: Args) -> None:
     device = resolve_device("auto")
+    against_float64(args, device)
     head(args, device)
     loss_on_slices(args, device)
     if device.type == "cuda":

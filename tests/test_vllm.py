@@ -459,7 +459,7 @@ def test_the_measuring_script_runs_to_its_end(tmp_path):
         sys.executable,
         "-m",
         "benchmarks.gpu",
-        "--small",
+        "--tiny",
         "--output",
         tmp_path / "report.md",
     ]
@@ -469,8 +469,9 @@ def test_the_measuring_script_runs_to_its_end(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "7 measurements, 0 failed" in done.stdout, done.stdout
     report = (tmp_path / "report.md").read_text()
-    assert report.count("planned_gb") == 4
-    assert "sync/freshness_seconds" in report
+    assert report.count("| sync/freshness_seconds |") == 4  # of two grpo.py and two opd.py
+    assert report.count("vllm / torch:") == 2
+    assert report.count("| GPU-seconds a sequence |") == 2
     assert "fused kernels: not measured (no GPU)" in report
 
 
