@@ -44,6 +44,8 @@ def find_machine(args) -> Machine:
         count = torch.cuda.device_count()
         gpu = gpu or torch.cuda.get_device_properties(0).total_memory
     check(args.nnodes == 1 or args.master_addr, "--nnodes needs --master_addr of machine 0")
+    below = args.node_rank < args.nnodes
+    check(below, f"--node_rank {args.node_rank} is not below --nnodes {args.nnodes}")
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     host = args.host_memory_gb * GB if args.host_memory_gb else host
     absent = count == 0 and args.device != "cpu" and not args.teacher.startswith("toy/")
