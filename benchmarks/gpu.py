@@ -104,7 +104,7 @@ def run(job: Job, minutes: float) -> str:
     command = [sys.executable, "-m", *job.words]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, cwd=ROOT, timeout=60 * minutes
+            command, capture_output=True, encoding="utf-8", cwd=ROOT, timeout=60 * minutes
         )
         failed = "" if done.returncode == 0 else f"failed with exit code {done.returncode}\n"
         text = failed + (done.stdout if not failed else (done.stdout + done.stderr)[-3000:])
@@ -122,7 +122,12 @@ def heading() -> str:
             lines.append(f"- {name}: not installed")
     if torch.cuda.is_available():
         query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv"]
-        lines += ["", "```", subprocess.run(query, capture_output=True, text=True).stdout, "```"]
+        lines += [
+            "",
+            "```",
+            subprocess.run(query, capture_output=True, encoding="utf-8").stdout,
+            "```",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -138,7 +143,7 @@ def main(args: Args) -> None:
             for job in jobs(args, {name: Path(root) / name}):
                 report.append(run(job, args.minutes))
                 print(report[-1], flush=True)
-    Path(args.output).write_text("\n".join(report))
+    Path(args.output).write_text("\n".join(report), "utf-8")
     failures = sum("failed" in section for section in report)
     print(f"{len(report) - 1} measurements, {failures} failed; report: {args.output}")
 

@@ -64,6 +64,11 @@ def test_columns_by_name(task, tmp_path):
         data.load_problems(task, path, ["problem=nothing", "answer=b.c"])
 
 
+def test_a_column_with_a_point_in_its_name(task, tmp_path):
+    rows = [{"problem": "1+1", "reward_model.ground_truth": "2"}]
+    assert pairs(data.load_problems(task, write(tmp_path / "d.jsonl", rows))) == [("1+1", "2")]
+
+
 def test_parquet(task, tmp_path):
     import pyarrow
     import pyarrow.parquet

@@ -216,7 +216,7 @@ def read_preset(path: str) -> Preset:
     """Read a user's file. Raises UserError for kinds and flags that there are not, and for values
     that a script would refuse."""
     try:
-        kinds = {kind: dict(flags) for kind, flags in json.loads(Path(path).read_text()).items()}
+        kinds = {kind: dict(flags) for kind, flags in json.loads(Path(path).read_bytes()).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         form = "a JSON object: kind of stage -> flag -> value"
         raise UserError(f"--preset {path} is not {form} ({one_line(error)})") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common.model.tokenizer import load_tokenizer
 from common.run.errors import check
-from common.run.folder import may_change
+from common.run.folder import may_change, read_json
 from common.run.inputs import inputs_of
 from common.tasks.data import template_fingerprint
 from workflow.presets import Preset, Setting, as_words, script_args
@@ -73,7 +73,7 @@ class Stage:
 
     def result(self) -> dict:
         """Return what a finished stage has left: a trainer's manifest, or evaluate.py's results."""
-        return json.loads(self.manifest.read_text())
+        return read_json(self.manifest)
 
     def args(self):
         """Return its script's Args, with these flags."""
@@ -117,7 +117,7 @@ class Stage:
         with other files than those that lie there now."""
         if not self.manifest.exists():
             return False
-        config = json.loads((self.folder / "config.json").read_text())
+        config = read_json(self.folder / "config.json")
         args = self.args()
         wanted, free = json.loads(json.dumps(vars(args))), may_change(type(args))
         differing = [k for k in wanted if k not in free and config.get(k) != wanted[k]]

@@ -45,20 +45,17 @@ MAX_ANSWER_CHARS, MAX_DEPTH = 2_000, 8  # answers are short, and their brackets 
 
 # === rows ===
 
-# `Express your answer as an integer.`, which copies of a problem have at their end or not. (`in
-# base 8` or `in inches` is part of the problem.)
+# `Express your answer as an integer.`, which copies of a problem have or not; never `in base 8`.
 _ANSWER_FORMAT = re.compile(
-    r"\b(?:please )?(?:express|give|write|provide|enter|state) (?:your|the) (?:final )?answer "
-    r"(?:as an? (?:(?:single|common|simplified|reduced|improper|mixed|exact) )?"
-    r"(?:integer|fraction|decimal|number)|in (?:its )?(?:simplest|lowest|reduced|exact) "
-    r"(?:form|terms))[.?!]?\s*\Z",
+    r"\b(please )?(express|give|write|provide|enter|state) (your|the) (final )?answer (as an? "
+    r"((single|common|reduced|mixed) )?(integer|fraction|decimal|number)|in (its )?(simplest|lowest"
+    r"|reduced) (form|terms))[.?!]?\s*\Z",
     re.IGNORECASE,
 )
 _GROUP = re.compile(r"\{\s*(\\[a-z]+|\d+(?:\.\d+)?|[^\W\d_])\s*\}")  # x^{2} is x^2
-_SYMBOL = re.compile(  # a hyphen between words is no minus, an apostrophe behind a word no prime
+_SYMBOL = re.compile(  # a hyphen between words is no minus, an apostrophe behind one no prime
     r"\\[a-z]+|\\\\|\d+(?:\.\d+)?|\.\d+|\.\.\.|[^\W\d_]|:(?=\s*\d)|(?<!_)_(?!_)"
-    r"|'(?=\()|(?<![^\W\d_]{2})'|(?<![^\W\d_]{2})-|-(?![^\W\d_]{2})"
-    r"|[^\w\s\\.,:;?\"'“”。、「」《》-]"
+    r"|'(?=\()|(?<![^\W\d_]{2})['-]|-(?![^\W\d_]{2})|[^\w\s\\.,:;?\"'“”。、「」《》-]"
 )
 
 
