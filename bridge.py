@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from common.run.errors import check
-from common.run.process import POSITIVE, check_ranges, start
+from common.run.process import NOT_NEGATIVE, PORT, POSITIVE, SHARE, start
 from workflow.budget import print_budget
 from workflow.fit import FIT_HEADER, Machine, check_fit, check_hardware, find_machine
 from workflow.hours import gpu_of, print_extrapolation, print_hours
@@ -45,7 +45,7 @@ class Args:
     """where everything is written; default: runs/bridge-TEACHER"""
     routes: tuple[Literal[*ROUTES, "paper", "all"], ...] = ("half", "cold")
     """what to run and compare (listed above); paper: those that it reports for this teacher"""
-    seeds: tuple[int, ...] = (0,)
+    seeds: Annotated[tuple[int, ...], NOT_NEGATIVE] = (0,)
     """every trained stage is repeated with each"""
     jobs: Annotated[int, POSITIVE] = 1
     """stages that run at the same time, each with its share of the CPU's threads"""
@@ -71,11 +71,11 @@ class Args:
     """ranks on this machine; default: as many as there are GPUs, or 1"""
     nnodes: Annotated[int, POSITIVE] = 1
     """machines with a shared folder, each of which runs this command with its own --node_rank"""
-    node_rank: int = 0
+    node_rank: Annotated[int, NOT_NEGATIVE] = 0
     """number of this machine: 0 also writes the report"""
     master_addr: str | None = None
     """address of machine 0, if there are several"""
-    master_port: int = 29500
+    master_port: Annotated[int, PORT] = 29500
     """a free port of machine 0"""
     gpu_tflops: Annotated[float | None, POSITIVE] = None
     """of each GPU, dense bfloat16, for the least time that is printed; default: by its name"""
@@ -120,7 +120,7 @@ class Args:
     chat_template: str | None = None
     """a .jinja file, or a model whose chat template is used; default: each model's own, or for a
     student without one the teacher's in every stage"""
-    vllm_gpu_memory: Annotated[float | None, POSITIVE] = None
+    vllm_gpu_memory: Annotated[float | None, SHARE] = None
     """share of the GPU's memory that vLLM may take while it samples"""
     num_samples: Annotated[int | None, POSITIVE] = None
     """instead of the preset's, in the evaluations: completions per problem"""
@@ -169,10 +169,8 @@ def show_hours(args: Args, machine: Machine, stages: list) -> None:
 
 
 def check_args(args: Args) -> None:
-    check_ranges(args)
     check(args.seeds and args.routes, "--seeds and --routes need a value each")
     check(args.benchmarks != (), "--benchmarks needs a value, for example toy or math500")
-    check(min(args.seeds) >= 0, f"--seeds {min(args.seeds)} is negative")
     check(len(set(args.seeds)) == len(args.seeds), "a seed stands twice in --seeds")
 
 

@@ -40,7 +40,7 @@ from common.model.logprob import LOWEST
 from common.model.lora import trained_parameters
 from common.model.shard import clip_grad_norm, device_of
 from common.model.tokenizer import load_tokenizer, share_end_ids
-from common.run.process import CHAT, MAY_CHANGE, MODEL, NOT_NEGATIVE, POSITIVE, start
+from common.run.process import CHAT, MAY_CHANGE, MODEL, NOT_NEGATIVE, POSITIVE, SHARE, start
 from common.run.ranks import join_ranks, sum_dicts_over_ranks, sum_over_ranks
 from common.run.run import Run, check_training, mean
 from common.sampling.batches import micro_batches, minibatches
@@ -117,7 +117,7 @@ class Args:
     """sampling temperature; log-probs are taken at it too"""
     backend: Literal["auto", "torch", "vllm"] = "auto"
     """what samples: transformers or vLLM; auto takes vLLM on a GPU"""
-    vllm_gpu_memory: Annotated[float, POSITIVE, MAY_CHANGE] = 0.4
+    vllm_gpu_memory: Annotated[float, SHARE, MAY_CHANGE] = 0.4
     """share of the GPU's memory that vLLM may take while it samples"""
     vllm_sequences: Annotated[int, POSITIVE, MAY_CHANGE] = 256
     """how many sequences vLLM decodes at once, as far as its cache holds them"""

@@ -84,7 +84,7 @@ def measure(args: Args) -> dict[str, float]:
                 **own,
             )
         )
-        lines = Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()
+        lines = Path(f"{folder}/run/metrics.jsonl").read_text("utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     return {"seconds": statistics.median(row["time/step"] for row in rows[1:]), "gb": peak}
@@ -93,7 +93,7 @@ def measure(args: Args) -> dict[str, float]:
 def in_a_process(algorithm: str, prompts: int, words: int) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.growth", "--algorithm", algorithm]
     command += ["--prompts", str(prompts), "--words", str(words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

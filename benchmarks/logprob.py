@@ -69,9 +69,9 @@ def peak_bytes(function, device: torch.device) -> int:
 
     def watch() -> None:
         while not done.wait(0.005):
-            seen.append(int(status.read_text().split()[1]) * 4096)
+            seen.append(int(status.read_text("utf-8").split()[1]) * 4096)
 
-    before = int(status.read_text().split()[1]) * 4096
+    before = int(status.read_text("utf-8").split()[1]) * 4096
     watcher = threading.Thread(target=watch)
     watcher.start()
     function()

@@ -153,7 +153,7 @@ def run_ours(args: Args) -> dict[str, list[float]]:
             **own,
         )
     )
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
     times = {
         key: [row.get(f"time/{key}", 0.0) for row in rows]
         for key in ("step", "generate", "score", "update")
@@ -258,10 +258,10 @@ def run_child(args: Args, side: str, number: int) -> dict[str, list[float]]:
     child_args = asdict(args) | {"side": side}
     command = [sys.executable, "-m", "benchmarks.vs_trl"]
     command += [word for key, value in child_args.items() for word in (f"--{key}", str(value))]
-    with open(log, "w") as output:
+    with open(log, "wb") as output:
         child = subprocess.run(command, cwd=ROOT, stdout=output, stderr=output)
-    assert child.returncode == 0, log.read_text()[-3000:]
-    measured = json.loads((args.folder / f"{side}.json").read_text())
+    assert child.returncode == 0, log.read_text("utf-8")[-3000:]
+    measured = json.loads((args.folder / f"{side}.json").read_bytes())
     untimed = CASES[args.case].untimed
     memory = measured.pop("memory")
     return {key: values[untimed:] for key, values in measured.items()} | {"memory": memory}
@@ -296,7 +296,7 @@ def report(args: Args, found: dict[str, list[dict[str, list[float]]]]) -> None:
 def main(args: Args) -> None:
     if args.side != "both":
         measured = {"ours": run_ours, "trl": run_trl}[args.side](args)
-        (args.folder / f"{args.side}.json").write_text(json.dumps(measured))
+        (args.folder / f"{args.side}.json").write_text(json.dumps(measured), "utf-8")
         return
     args.folder = args.folder or Path(tempfile.mkdtemp())
     args.folder.mkdir(parents=True, exist_ok=True)

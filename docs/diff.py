@@ -73,7 +73,7 @@ def pieces(text: str) -> dict[tuple[str, str], list[str]]:
 
 def hunks(one: str, other: str) -> dict[str, list[Hunk]]:
     """Section -> what differs there between two trainers."""
-    a, b = (pieces((ROOT / name).read_text()) for name in (one, other))
+    a, b = (pieces((ROOT / name).read_text("utf-8")) for name in (one, other))
     found, keys = {section: [] for section, _ in a | b}, (list(a), list(b))
     order = SequenceMatcher(None, *keys, autojunk=False).get_opcodes()
     for key in dict.fromkeys(k for _, i, j, m, n in order for k in keys[0][i:j] + keys[1][m:n]):
@@ -106,9 +106,9 @@ def section_text(section: str, found: list[Hunk], why: dict[str, dict[str, str]]
 
 
 def page() -> str:
-    readme = dict(re.findall(r"`diff (.+)` \| (\d+) \|", (ROOT / "README.md").read_text()))
+    readme = dict(re.findall(r"`diff (.+)` \| (\d+) \|", (ROOT / "README.md").read_text("utf-8")))
     head, chapters, seen = HEAD, "", Counter()
-    for pair, about in json.loads((ROOT / REASONS).read_text()).items():
+    for pair, about in json.loads((ROOT / REASONS).read_bytes()).items():
         one, other = pair.split("/")
         sections, texts = hunks(one, other), ""
         found = sum(sections.values(), [])
@@ -129,4 +129,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    (ROOT / "docs/diff.md").write_text(page())
+    (ROOT / "docs/diff.md").write_text(page(), "utf-8")

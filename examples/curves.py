@@ -30,7 +30,9 @@ class Args:
 def main(args: Args) -> None:
     figure, _ = plt.subplots(1, len(args.metrics), figsize=(4.5 * len(args.metrics), 3.8))
     for number, run in enumerate(args.runs):
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()
+        ]
         for metric, panel in zip(args.metrics, figure.axes, strict=True):
             steps = [row["step"] for row in rows if metric in row]
             values = [row[metric] for row in rows if metric in row]

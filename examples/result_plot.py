@@ -18,7 +18,7 @@ ROWS = {  # title in results.json -> label and colour
 
 
 def main() -> None:
-    found = {row["title"]: row for row in json.loads((STUDY / "results.json").read_text())["rows"]}
+    found = {row["title"]: row for row in json.loads((STUDY / "results.json").read_bytes())["rows"]}
     figure, (accuracy, labels) = plt.subplots(
         1, 2, figsize=(7, 2.6), sharey=True, width_ratios=(3, 2), layout="constrained"
     )

@@ -68,8 +68,8 @@ def write_problems(output_dir: Path) -> None:
         problem, answer = arithmetic(rng)
         problems[problem] = str(answer)
     rows = [json.dumps({"problem": p, "answer": a}) + "\n" for p, a in problems.items()]
-    (output_dir / "test.jsonl").write_text("".join(rows[:NUM_TEST]))
-    (output_dir / "train.jsonl").write_text("".join(rows[NUM_TEST:]))
+    (output_dir / "test.jsonl").write_text("".join(rows[:NUM_TEST]), "utf-8")
+    (output_dir / "train.jsonl").write_text("".join(rows[NUM_TEST:]), "utf-8")
 
 
 def main(args: Args) -> None:

@@ -99,7 +99,7 @@ MUTANTS = [
         (SAMPLER, "if index == 0 or not taken:", "if not taken:"),
         (SAMPLER, "= prompt.problem, prompt.opens_thought", "= prompt.problem, False"),
         (SAMPLER, " and step < self.args.num_steps):", "):"),
-        (ROLLOUT, 'row.get("key", key)', "key"),
+        (ROLLOUT, "{str(row[KEY])} if KEY in row else ", ""),
     ]),
     # --- a run ---
     ("tests/test_updates.py -k 'plain_loop or drawn_again or stops or evaluated'", [

@@ -69,9 +69,6 @@ def test_the_backend(version, device, own, expected, installed, capsys):
         (None, CUDA, {}, "pip install -r requirements-gpu.txt; or insist with --backend torch"),
         ("0.31.2", CPU, {"backend": "vllm"}, "vLLM 0.31.2 is installed, 0.32.0 is needed"),
         ("0.33.0", CUDA, {}, "vLLM 0.33.0 is installed, 0.32.0 is needed"),
-        ("0.32.0", CPU, {"backend": "vllm", "vllm_gpu_memory": 1.5}, "--vllm_gpu_memory is 1.5"),
-        ("0.32.0", CPU, {"backend": "vllm", "vllm_gpu_memory": 0.0}, "--vllm_gpu_memory is 0.0"),
-        (None, CPU, {"vllm_gpu_memory": float("nan")}, "--vllm_gpu_memory is nan"),
     ],
 )
 def test_the_backend_cannot_be_had(version, device, own, message, installed):

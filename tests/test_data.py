@@ -3,13 +3,14 @@
 import copy
 import dataclasses
 import json
+import random
 import re
 import shutil
 from pathlib import Path
 
 import datasets
 import pytest
-from conftest import problem_of
+from conftest import SEED, problem_of
 from huggingface_hub import constants
 
 import evaluate
@@ -63,6 +64,11 @@ def test_columns_by_name(task, tmp_path):
             data.load_problems(task, path, [bad, "answer=b.c"])
     with pytest.raises(UserError, match="no column nothing, only a, b"):
         data.load_problems(task, path, ["problem=nothing", "answer=b.c"])
+
+
+def test_a_column_with_a_point_in_its_name(task, tmp_path):
+    rows = [{"problem": "1+1", "reward_model.ground_truth": "2"}]
+    assert pairs(data.load_problems(task, write(tmp_path / "d.jsonl", rows))) == [("1+1", "2")]
 
 
 def test_parquet(task, tmp_path):
@@ -280,10 +286,44 @@ def test_duplicates_conflicts_and_contamination(task, tmp_path, capsys):
         ("What is 1 2?", "What is 12?", False),
         ("??", "???", False),
         ("求 x 的值。", "求x的值", True),
+        ("6 × 3", "6 ÷ 3", False),
+        ("6 × 3", "6 − 3", False),
+        ("6 ÷ 3", "6 − 3", False),
+        ("2*(3+4)", "(2*3)+4", False),
+        ("0.5*4", "0 5*4", False),
+        ("x ≤ 3", "x ≥ 3", False),
+        ("x ≤ 3", r"$x \leq 3$", True),
+        ("A ⊂ B", "A ⊃ B", False),
+        ("¬p ∧ q", "¬p ∨ q", False),
+        ("x²", "$x^{2}$", True),
+        (r"\sqrt{x+1}", r"\sqrt{x}+1", False),
+        ("x^{2+1}", "x^{2}+1", False),
+        (r"\{1, 2\}", "(1, 2)", False),
+        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2&3&4\end{pmatrix}", False),
+        ("x-y", "xy", False),
+        ("y'' = y", "y' = y", False),
+        ("The students' x", "The students x", True),
+        ("a_n", "an", False),
+        ("1, 2, ..., 10", "1, 2, 10", False),
+        ("5+7? Give your answer in base 8.", "5+7? Give your answer in base 9.", False),
     ],
 )
-def test_problems_are_the_same_by_letters_numbers_and_operators(one, other, same):
+def test_problems_are_the_same_by_letters_numbers_brackets_and_signs(one, other, same):
     assert (key(one) == key(other)) == same
+
+
+def bracketed(rng: random.Random, depth: int = 0) -> str:
+    if depth == 3 or rng.random() < 0.3:
+        return str(rng.randint(1, 99))
+    text = f"{bracketed(rng, depth + 1)} {rng.choice('+-*/')} {bracketed(rng, depth + 1)}"
+    return f"({text})" if rng.random() < 0.6 else text
+
+
+def test_2000_bracketed_sums_are_2000_problems():
+    rng, sums = random.Random(SEED), set()
+    while len(sums) < 2000:
+        sums.add(bracketed(rng))
+    assert len({key(text) for text in sums}) == 2000
 
 
 def test_thirteen_words_of_a_benchmark_are_contamination(task, tmp_path, capsys):

@@ -353,6 +353,11 @@ def test_compare_wants_the_same_problems(tmp_path, capsys):
         "list": "[]",
         "bare": '{"args": {}, "benchmarks": [1]}',
     }
+    nulls = {"averages": [0.5, None], "num_samples": None, "golds": None, "problems": ["p"]}
+    nulls |= {"majority_votes": [None, 1.0], "num_problems": None}
+    for key, value in nulls.items():
+        damaged = {"args": {}, "benchmarks": {"toy": results["b"] | {key: value}}}
+        texts[f"null {key}"] = json.dumps(damaged)
     for name, content in texts.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(content)
@@ -363,7 +368,7 @@ def test_compare_wants_the_same_problems(tmp_path, capsys):
         ("golds", "1 problems had another gold answer"),
         *(
             (name, "damaged or no result of evaluate.py")
-            for name in ("study", "torn", "list", "bare")
+            for name in ("study", "torn", "list", "bare", *(f"null {key}" for key in nulls))
         ),
     ):
         with pytest.raises(UserError, match=message):

@@ -112,6 +112,10 @@ def test_known_shapes_have_their_size():
         {"model_type": "unheard_of"},
         {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}},
         {},
+        [],
+        {"model_type": "qwen3", "hidden_size": None},
+        {"model_type": "qwen3", "num_attention_heads": 0},
+        {"model_type": "qwen3", "vocab_size": -1},
     ],
 )
 def test_a_config_that_it_cannot_read_has_no_plan_and_runs_no_code(tmp_path, config):

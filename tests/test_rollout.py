@@ -24,10 +24,11 @@ from common.model.tokenizer import end_ids
 from common.run.errors import UserError
 from common.run.folder import write_jsonl
 from common.sampling import decoding
-from common.sampling.rollout import Rollout, load_rollouts, rollout_metrics, verify
+from common.sampling.rollout import KEY, Rollout, load_rollouts, rollout_metrics, verify
 from common.sampling.sampler import sample_and_verify
 from common.sampling.torch_engine import TorchEngine, _kept, draw, rows_that_fit
-from common.tasks.task import OUTCOMES
+from common.tasks.data import Prompt
+from common.tasks.task import OUTCOMES, Task
 
 
 def same(a, b) -> bool:
@@ -205,7 +206,8 @@ def test_text_and_verdicts(task, tokenizer):
     engine, sizes = TorchEngine(model, tokenizer), {"max_new_tokens": 6, "temperature": 1.0}
     rollouts = sample_and_verify(engine, task, prompts, 2, seed=(SEED,), **sizes)
     for rollout in rollouts:
-        assert rollout.text == tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
+        ids = rollout.completion_ids[: -1 if rollout.finish == "eos" else None]
+        assert rollout.text == tokenizer.decode(ids, skip_special_tokens=True)
         assert (rollout.problem.text, rollout.problem.gold) == ("p", "1")
     metrics = rollout_metrics(rollouts)
     shares = sum(metrics[f"rollout/{name}"] for name in OUTCOMES[1:])
@@ -250,9 +252,53 @@ def test_sampled_and_given_rollouts_know_that_their_prompt_opened_a_thought(
 def test_a_given_row_of_a_conversation_is_found_by_its_key(task, tmp_path, tokenizer):
     """Its text, the last message, is not all of it."""
     prompt = prompt_of("Alice: 1+1", [5, 6])
-    row = {"problem": "Go on.", "completion": "2", "key": prompt.problem.key}
+    row = {"problem": "Go on.", "completion": "2", KEY: prompt.problem.key}
     write_jsonl(tmp_path / "rows.jsonl", [row])
     assert len(load_rollouts(str(tmp_path / "rows.jsonl"), task, tokenizer, [prompt], 20)) == 1
+
+
+@pytest.mark.parametrize("key", ["x", 7, None, [1], {"a": 1}])
+def test_a_users_own_column_called_key_says_nothing(task, tmp_path, tokenizer, key):
+    assert given(task, tmp_path, tokenizer, {"key": key})
+
+
+def test_a_users_rows_are_found_by_what_a_few_shot_prompt_says_last(tmp_path, tokenizer):
+    """Or by the dataset's own problem; but not where several conversations end so."""
+    (tmp_path / "shots.py").write_text(
+        "def prompt(row):\n"
+        "    turns = [row.get('first', '1+1'), '2', row.get('last') or 'Now: ' + row['problem']]\n"
+        "    roles = ['user', 'assistant', 'user']\n"
+        "    return [{'role': r, 'content': c} for r, c in zip(roles, turns)]\n"
+        "def grade(completion, row): return 1\n"
+    )
+    rows = [{"problem": "3+4"}, {"problem": "5+6"}]
+    rows += [{"problem": f"Alice: {n}", "first": str(n), "last": "Go on."} for n in (1, 2)]
+    path, texts = tmp_path / "rows.jsonl", ["Now: 3+4", "5+6", "Go on.", "7+8"]
+    write_jsonl(path, [{"problem": text, "completion": "2"} for text in texts])
+    with Task(str(tmp_path / "shots.py")) as shots:
+        problems = shots.problems(rows, "d")
+        prompts = [Prompt(problem, [n]) for n, problem in enumerate(problems)]
+        found = load_rollouts(str(path), shots, tokenizer, prompts, 20)
+    assert [rollout.problem for rollout in found] == problems[:2]
+
+
+def test_a_completion_ends_where_its_own_model_ends_it(task, model, tmp_path, tokenizer):
+    """Not at what ends the text of another model; tokens that end it need not be special ones."""
+    path, prompts = str(tmp_path / "rows.jsonl"), [prompt_of("1+1", [5, 6])]
+    texts = ["2</s>3", "2<|end|>3", f"2{tokenizer.eos_token}3"]
+    rows = [{"problem": "1+1", "completion": text} for text in texts]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    given = load_rollouts(path, task, tokenizer, prompts, 20)
+    assert [rollout.text for rollout in given] == ["2</s>3", "2<|end|>3", "2"]
+    ends = end_ids(tokenizer, model)
+    sampled = generate(
+        TorchEngine(model, tokenizer), prompts_of_many_lengths(tokenizer), 8, **SAMPLED
+    )
+    ordinary = [r for r in sampled if r.completion_ids[-1] in set(ends) - {tokenizer.eos_token_id}]
+    assert ordinary
+    for rollout in ordinary:
+        ids = rollout.completion_ids[:-1]
+        assert rollout.text == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_given_token_ids_of_another_text_are_encoded_from_the_text(task, tmp_path, tokenizer):

@@ -264,6 +264,20 @@ def test_evaluate(tmp_path):
         assert len((tmp_path / "out/samples" / f"{name}.jsonl").read_text().splitlines()) == count
 
 
+@pytest.mark.parametrize("script", ["grpo", "evaluate"])
+def test_half_a_surrogate_pair_of_a_grader_ends_no_run(tmp_path, script):
+    task, rows = tmp_path / "half.py", tmp_path / "rows.jsonl"
+    code = "def prompt(row): return row['problem']\ndef answer(completion): return '\\ud800'\n"
+    task.write_text(code + "def grade(completion, row): raise RuntimeError('half \\udfff')\n")
+    rows.write_text('{"problem": "1+1"}\n')
+    flags = ["--task", task, "--output_dir", tmp_path / "run", "--max_new_tokens", "4"]
+    own = {"grpo": ["--dataset", rows, "--num_steps", "1", "--prompts_per_step", "1"]}
+    own["evaluate"] = ["--benchmarks", rows, "--num_samples", "4"]
+    done = run(script, *flags, *own[script])
+    assert done.returncode == 0, done.stderr
+    assert "grades failed (RuntimeError: half ?" in done.stdout
+
+
 # === bad input ===
 
 BAD = [
@@ -306,7 +320,7 @@ CASES = [(script, *case) for script in TRAINERS for case in BAD] + [
     ("opd", "--no_such_flag 1", "no_such_flag"),
     ("evaluate", "--num_samples 2.5", "2.5"),
     ("bridge", "--seeds one", "one"),
-    ("bridge", "--seeds 1 -1", "--seeds -1 is negative"),
+    ("bridge", "--seeds 1 -1", "--seeds is -1; it must be 0 or above"),
     ("bridge", "--seeds 1 1", "a seed stands twice"),
     ("bridge", "--routes warm", "warm"),
     ("evaluate", "--compare a b", "a/results.json does not exist"),
@@ -332,6 +346,24 @@ CASES = [(script, *case) for script in TRAINERS for case in BAD] + [
     ("opd", "--dataset surrogate.jsonl", "row 1: half a surrogate pair"),
     ("fkl_warmup", "--rollouts ids.jsonl --dataset good.jsonl", "completion_ids must be a list"),
     ("evaluate", "--compare torn torn", "torn/results.json is damaged"),
+    *((s, "--seed 99999999999999999999999", "it must be at most") for s in (*TRAINERS, "evaluate")),
+    *((s, "--tensor_parallel 0", "it must be above 0") for s in (*TRAINERS, "evaluate", "bridge")),
+    ("bridge", "--seeds 0 99999999999999999999999", "it must be at most 9223372036854775807"),
+    ("bridge", "--preset preset.json", "--tensor_parallel is 0; it must be above 0"),
+    ("bridge", "--nproc_per_node -2", "--nproc_per_node is -2; it must be above 0"),
+    ("bridge", "--host_memory_gb -1", "--host_memory_gb is -1.0; it must be above 0"),
+    ("bridge", "--teacher_lora_rank -3", "--teacher_lora_rank is -3; it must be above 0"),
+    ("bridge", "--node_rank 5 --nnodes 2 --master_addr a", "--node_rank 5 is not below --nnodes 2"),
+    ("bridge", "--node_rank -1", "--node_rank is -1; it must be 0 or above"),
+    ("bridge", "--master_port 99999", "--master_port is 99999; it must be at most 65535"),
+    ("evaluate", "--top_p 1.5", "--top_p is 1.5; it must be at most 1"),
+    ("evaluate", "--pass_threshold 2", "--pass_threshold is 2.0; it must be at most 1"),
+    ("grpo", "--task places.py", "places.py: the place of 'a' is no file and no (hub id"),
+    ("opd", "--dataset deep.jsonl", "deep.jsonl, line 1: not JSON (nested too deep)"),
+    ("opd", "--rollouts deep.jsonl", "deep.jsonl, line 1: not JSON (nested too deep)"),
+    ("grpo", "--output_dir damaged", "damaged/config.json is damaged; restore it, or choose anot"),
+    ("grpo", "--model damaged --learning_rate 1e-6", "cannot load damaged"),
+    ("opd", "--model unshaped --lora_rank 2 --learning_rate 1e-6", "config.json of unshaped is of"),
 ]
 AS_PROCESSES = [CASES[0], CASES[1], *CASES[30:33]]
 
@@ -362,12 +394,19 @@ def bad_inputs(tmp_path_factory):
     for name, code in (("ungraded", asks), ("words", asks + grades), ("generous", asks + grades)):
         code = code.replace("problem", "word") if name == "words" else code
         (folder / f"{name}.py").write_text(code)
+    (folder / "deep.jsonl").write_text('{"problem": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    (folder / "places.py").write_text(asks + grades + "datasets = {'a': 3}\n")
+    (folder / "preset.json").write_text('{"evaluate": {"tensor_parallel": 0}}')
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / "config.json").write_text('{"model_type": "qwen')
     (folder / "folder").mkdir()
     (folder / "folder" / "good.jsonl").write_text(good)
     (folder / "occupied").mkdir()
     (folder / "occupied" / "thesis.txt").write_text("mine")
-    for name in ("copy", "other"):
+    for name in ("copy", "other", "unshaped"):
         shutil.copytree(ROOT / "toy" / "student", folder / name)
+    config = folder / "unshaped" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_attention_heads": 0}))
     tokenizer = folder / "other" / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace('"Q"', '"\u00c4"'))
     return folder

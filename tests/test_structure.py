@@ -155,7 +155,7 @@ def test_the_top_level_holds_the_five_scripts():
 
 
 # A trainer has the whole of its algorithm, and its Args.
-LONGER = {"grpo": 398, "opd": 341, "evaluate": 330, "common.tasks.math": 547}
+LONGER = {"grpo": 398, "opd": 341, "evaluate": 330, "common.tasks.math": 548}
 
 
 @pytest.mark.parametrize("name", ROOMS)
@@ -169,3 +169,19 @@ def test_ruff_is_clean(command):
         [sys.executable, "-m", "ruff", *command, str(ROOT)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout
+
+
+def opens_text(call: ast.Call) -> bool:
+    """Whether it opens text and does not say in which encoding."""
+    said = ast.unparse(call)
+    kinds = r"(open|.*\.(read_text|write_text))\(|.*\btext=True"
+    return bool(re.match(kinds, said, re.DOTALL)) and not re.search(r"utf-8|['\"][rwa]b['\"]", said)
+
+
+def test_every_file_is_opened_as_utf_8():
+    """Whatever the machine's locale is."""
+    folders = ("common", "workflow", "toy", "examples", "benchmarks", "docs")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    for path in (*ROOT.glob("*.py"), *paths):
+        calls = [n for n in ast.walk(ast.parse(path.read_bytes())) if isinstance(n, ast.Call)]
+        assert not [ast.unparse(call) for call in calls if opens_text(call)], path

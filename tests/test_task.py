@@ -83,7 +83,23 @@ def test_a_task_of_ten_lines(tmp_path):
         ("import sys; sys.exit(3)", "own.py: SystemExit"),
         ("instruction = 3\n" + GOOD, "its instruction is no text"),
         ("datasets = ['a.jsonl']\n" + GOOD, "its datasets are no dictionary of names"),
-        ("columns = {'word': 'text'}\n" + GOOD, r"its columns\['word'\] is no list of names"),
+        *(
+            (
+                f"columns = {{'word': {usual}}}\n" + GOOD,
+                r"its columns\['word'\] is no list of names",
+            )
+            for usual in ("'text'", "3", "None", "[]", "[3]", "{'text': 1}")
+        ),
+        *(
+            (
+                f"{kind} = {{'a': {place}}}\n" + GOOD,
+                "place of 'a' is no file and no .hub id, config",
+            )
+            for kind, place in (
+                *(("datasets", "3"), ("datasets", "None"), ("datasets", "['owner/name']")),
+                *(("benchmarks", "(None, 'b', 'c')"), ("benchmarks", "('a/b', 1, None)")),
+            )
+        ),
         ("grade_timeout = 0\n" + GOOD, "its grade_timeout is no number of seconds"),
     ],
 )
@@ -212,6 +228,23 @@ def test_a_graders_exception_is_a_crash_with_its_message(tmp_path):
     assert verdict.reward == 0
 
 
+def test_half_a_surrogate_pair_of_a_grader_is_replaced(tmp_path, capsys):
+    """In an answer, a message, a gold answer's warning or an instruction: UTF-8 has none."""
+    code = (
+        "instruction = '\\udfff'\ndef prompt(row): return 'a'\ndef check(row): return '\\ud800'\n"
+    )
+    code += "def answer(completion): return 'x\\ud800'\n"
+    code += "def grade(completion, row): raise RuntimeError(completion and 'half \\ud83d')\n"
+    with Task(write(tmp_path, code)) as task:
+        assert task.instruction == "?"
+        (problem,) = task.problems([{}], "d")
+        assert problem.warning == "?"
+        verdicts = task.grade(["a", "b"], [problem] * 2)
+    assert verdicts[0].answer == "x?"
+    assert verdicts[0].message.startswith("RuntimeError: half ?")
+    assert "2 of 2 grades failed (RuntimeError: half ?" in capsys.readouterr().out
+
+
 def test_the_task_file_is_imported_in_workers_only(tmp_path):
     code = f"open({str(tmp_path / 'pids')!r}, 'a').write(f'{{__import__(\"os\").getpid()}} ')\n"
     with Task(write(tmp_path, code + GOOD)) as task:
@@ -228,8 +261,7 @@ def test_the_task_file_is_imported_in_workers_only(tmp_path):
         ("<think>1</think> done", " done"),
         ("<think>it could be 1", ""),
         ("1</think>2", "2"),
-        ("4<|im_end|>5", "4"),
-        ("4</s>5", "4"),
+        ("<s>4</s>5", "<s>4</s>5"),  # of a tokenizer's own tokens the rollout's text has none
         ("4", "4"),
     ],
 )

@@ -118,8 +118,8 @@ def make_data(args: Args) -> None:
         terms = sample_terms(rng)
         rows[problem_text(terms)] = sum(terms)
     lines = [json.dumps({"problem": p, "answer": str(total)}) + "\n" for p, total in rows.items()]
-    (args.output_dir / "train.jsonl").write_text("".join(lines[:NUM_TRAIN]))
-    (args.output_dir / "test.jsonl").write_text("".join(lines[NUM_TRAIN:]))
+    (args.output_dir / "train.jsonl").write_text("".join(lines[:NUM_TRAIN]), "utf-8")
+    (args.output_dir / "test.jsonl").write_text("".join(lines[NUM_TRAIN:]), "utf-8")
 
 
 # === tokenizer ===

@@ -71,7 +71,7 @@ class Results:
     folder: Path
 
     def read(self) -> dict:
-        return json.loads((self.folder / "results.json").read_text())
+        return json.loads((self.folder / "results.json").read_bytes())
 
     def accuracy(self, row: str) -> list[float]:
         """avg@k in % of a row of the report, one number a seed."""
@@ -82,7 +82,7 @@ class Results:
 def distance_to_teacher(warmup: Path, step: int = -1) -> float:
     """Forward KL on the teacher's completions at a step of a warmup, in nats; by default at its
     end: the paper's condition C2."""
-    lines = (warmup / "metrics.jsonl").read_text().splitlines()
+    lines = (warmup / "metrics.jsonl").read_text("utf-8").splitlines()
     return json.loads(lines[step])["policy/forward_kl"]
 
 

@@ -52,7 +52,7 @@ def measure(args: Args, use: float, length: int) -> list[float]:
         row, steps = "half/fkl_warmup", (length, 1)
     preset = args.output_dir / f"warmup_{length}.json"
     warmup, opd = ({"num_steps": number} for number in steps)
-    preset.write_text(json.dumps({"fkl_warmup": warmup, "opd": opd}))
+    preset.write_text(json.dumps({"fkl_warmup": warmup, "opd": opd}), "utf-8")
     folder = folder_of(args, use, length)
     for other in sorted(args.output_dir.glob("use_*/results.json")):
         share_teachers(other.parent, folder)

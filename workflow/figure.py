@@ -146,7 +146,7 @@ def draw_distance(panel, evaluations: list[Evaluation]) -> None:
     for evaluation in evaluations:
         stages = [s for s in evaluation.stage.lineage() if s.kind in BRIDGE]
         if stages and evaluation.route not in ("models", "replay"):
-            logs = [(stage.folder / "metrics.jsonl").read_text() for stage in stages]
+            logs = [(stage.folder / "metrics.jsonl").read_text("utf-8") for stage in stages]
             lines = [line for log in logs for line in log.splitlines()]
             curve = [json.loads(line)["policy/reverse_kl"] for line in lines]
             by_seed = curves.setdefault(evaluation.route, {})
@@ -167,5 +167,5 @@ def behaviour_of(evaluation: Evaluation, name: str) -> float:
     tokens."""
     if name != "toy":
         return evaluation.stage.result()["benchmarks"][name]["rollout/length"]
-    lines = (evaluation.stage.folder / "samples" / "toy.jsonl").read_text().splitlines()
+    lines = (evaluation.stage.folder / "samples" / "toy.jsonl").read_text("utf-8").splitlines()
     return 100 * statistics.fmean(is_step_by_step(json.loads(line)["completion"]) for line in lines)

@@ -53,6 +53,8 @@ def find_machine(args) -> Machine:
         usable = USABLE if gpu else min(USABLE, facts.free)
         gpu = gpu or facts.memory
     check(args.nnodes == 1 or args.master_addr, "--nnodes needs --master_addr of machine 0")
+    below = args.node_rank < args.nnodes
+    check(below, f"--node_rank {args.node_rank} is not below --nnodes {args.nnodes}")
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     host = args.host_memory_gb * GB if args.host_memory_gb else host
     absent = count == 0 and args.device != "cpu" and not args.teacher.startswith("toy/")

@@ -93,9 +93,9 @@ def model_of(name: str, lora_rank: int = 0):
     """Return a model without memory for its weights; None if its config cannot be read."""
     try:
         config = config_of(name)
-    except (OSError, ValueError, AttributeError):  # damaged, or of an unknown architecture
+        return config and empty_model(config, torch.float32, lora_rank)
+    except Exception:  # of many types: damaged, or of an unknown architecture
         return None
-    return config and empty_model(config, torch.float32, lora_rank)
 
 
 def config_of(name: str):

@@ -241,7 +241,7 @@ def read_file(name: str) -> dict[str, object]:
     named = FILES / f"{name}.json"
     path = named if named.exists() else Path(name)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
         return {key: value if key in MODELS else dict(value) for key, value in content.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         names = ", ".join(sorted(file.stem for file in FILES.glob("*_day.json")))

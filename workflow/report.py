@@ -9,7 +9,6 @@ bridge.py calls this at its end (alone: `python bridge.py ... --only_report`).
   step-down procedure corrects for the number of claims; else undecided.
 """
 
-import json
 import shlex
 import statistics
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.run.folder import write_atomic, write_json
+from common.run.folder import read_json, write_atomic, write_json
 from common.statistics import interval, judge, t_interval
 from workflow.figure import draw
 from workflow.paper_results import BENCHMARKS, CLAIMS, results_of
@@ -34,7 +33,7 @@ def cost_of(evaluation: Evaluation) -> dict[str, float]:
     labels: dict[str, int] = {}  # a split -> distinct problems: a seed draws one order of a split
     for stage in stages:
         if stage.name in paid:
-            config = json.loads((stage.folder / "config.json").read_text())
+            config = read_json(stage.folder / "config.json")
             count = min(done[stage.name]["cursor"], config["training_problems"])
             split = stage.fixed_flags["split"]
             labels[split] = max(count, labels.get(split, 0))
@@ -214,7 +213,7 @@ interval at the level that Holm's procedure gives it; p: two-sided t-test of no 
 
 def setting_of(evaluations: list[Evaluation]) -> dict[str, str]:
     """Machine, versions and commit of the evaluations: who writes the report may be elsewhere."""
-    configs = [json.loads((e.stage.folder / "config.json").read_text()) for e in evaluations]
+    configs = [read_json(e.stage.folder / "config.json") for e in evaluations]
     settings = [config["environment"] for config in configs]
     return {key: "; ".join(sorted({one[key] for one in settings})) for key in settings[0]}
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.run.errors import check
-from common.run.folder import may_change
+from common.run.folder import may_change, read_json
 from common.run.inputs import has_weights, hash_of_source, inputs_of
 from workflow.presets import Preset, Setting, as_words, script_args
 
@@ -70,7 +70,7 @@ class Stage:
 
     def result(self) -> dict:
         """Return what a finished stage has left: a trainer's manifest, or evaluate.py's results."""
-        return json.loads(self.manifest.read_text())
+        return read_json(self.manifest)
 
     def args(self):
         """Return its script's Args, with these flags."""
@@ -124,7 +124,7 @@ class Stage:
         the script to say, which reads them."""
         if not self.manifest.exists():
             return False
-        config = json.loads((self.folder / "config.json").read_text())
+        config = read_json(self.folder / "config.json")
         args = self.args()
         wanted, free = json.loads(json.dumps(vars(args))), may_change(type(args))
         differing = [k for k in wanted if k not in free and config.get(k) != wanted[k]]

@@ -75,7 +75,11 @@ def empty_model(config, dtype: torch.dtype, lora_rank: int = 0):
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        except Exception as error:  # sizes that no layer can have, an unknown architecture ...
+            name = config.name_or_path
+            raise UserError(f"config.json of {name} is of no model: {one_line(error)}") from error
         if lora_rank:
             add_adapters(model, lora_rank)
     return model

@@ -66,4 +66,4 @@ def save_adapters(model, adapters: dict[str, torch.Tensor], folder: Path) -> Non
     config |= {"r": len(next(iter(layers.values())).lora_A), "lora_alpha": ALPHA}
     config["base_model_name_or_path"] = model.name_or_path
     config["target_modules"] = sorted({name.rpartition(".")[2] for name in layers})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1), "utf-8")

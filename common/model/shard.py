@@ -88,7 +88,7 @@ def _weight_files(path: str) -> dict[str, str]:
     missing_is_none = {"_raise_exceptions_for_missing_entries": False}
     index = find(path, "model.safetensors.index.json", **missing_is_none)
     if index is not None:
-        files = json.loads(Path(index).read_text())["weight_map"]
+        files = json.loads(Path(index).read_bytes())["weight_map"]
         paths = {file: find(path, file) for file in set(files.values())}
         return {tensor: paths[file] for tensor, file in files.items()}
     single = find(path, "model.safetensors", **missing_is_none)

@@ -89,7 +89,7 @@ def checksums(folder: Path) -> dict[str, str]:
 def find_damage(folder: Path) -> str | None:
     """Describe the damage of a checkpoint; None if it is whole."""
     try:
-        expected = json.loads((folder / "checksums.json").read_text())
+        expected = json.loads((folder / "checksums.json").read_bytes())
         found = checksums(folder)
     except (OSError, ValueError) as error:
         return one_line(error)

@@ -44,7 +44,7 @@ def claim_folder(folder: Path, config: dict[str, object], args_type: type) -> No
     """
     path, config = folder / "config.json", json.loads(json.dumps(config, default=str))
     if path.exists():
-        old = json.loads(path.read_text())
+        old = read_json(path)
         differences = [
             f"{key}: {old.get(key)} there, {config.get(key)} here"
             for key in sorted((old.keys() | config.keys()) - may_change(args_type))
@@ -74,7 +74,7 @@ def may_change(args_type: type) -> set[str]:
 def lock_folder(folder: Path) -> io.TextIOBase:
     """Take a lock that lasts as long as the returned file is open, and no longer than its
     process."""
-    file = open(folder / "lock", "w")  # noqa: SIM115
+    file = open(folder / "lock", "w", encoding="utf-8")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -92,7 +92,7 @@ def environment() -> dict[str, str]:
     commit = ""
     if shutil.which("git"):
         git = ["git", "rev-parse", "HEAD"]
-        commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(git, cwd=ROOT, capture_output=True).stdout.decode().strip()
     setting = {"machine": machine(), "python": sys.version.split()[0], **versions}
     return setting | {"git_commit": commit or "not a git checkout", "source_hash": hash_of_code()}
 
@@ -100,7 +100,7 @@ def environment() -> dict[str, str]:
 def machine() -> str:
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
         names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
         model = names[0] if names else model
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -131,6 +131,16 @@ def sync_to_disk(path: Path) -> None:
 
 def write_json(path: Path, value: object) -> None:
     write_atomic(path, json.dumps(value, indent=1, default=str) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    """Read back what write_json has written. Raises UserError if it is damaged."""
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError:
+        value = None
+    check(isinstance(value, dict), f"{path} is damaged; restore it, or choose another --output_dir")
+    return value
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:

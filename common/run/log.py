@@ -23,7 +23,9 @@ class Log:
         self.first: dict[str, float] | None = None  # the metrics of the first step
         self.told: set[str] = set()  # the symptoms, in this process
         if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
+            lines = [
+                line for line in self.path.read_text("utf-8").splitlines() if line.endswith("}")
+            ]
             rows = [row for row in map(json.loads, lines) if row["step"] <= step]
             write_jsonl(self.path, rows)
             self.first = rows[0] if rows else None
@@ -41,7 +43,7 @@ class Log:
         write_jsonl(self.folder / "rollouts" / f"step_{step}.jsonl", rollouts)
         self._put_away(step - self.keep_rollouts)
         row = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no nan
-        with open(self.path, "a") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step} | row) + "\n")
         for name, value in metrics.items():
             self.board.add_scalar(name, value, step)

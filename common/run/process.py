@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import math
 import os
 import re
 import signal
@@ -71,9 +70,19 @@ class Range:
     """The numbers that a flag accepts: finite and positive ones, and 0 if `zero_allowed`."""
 
     zero_allowed: bool
+    highest: float = sys.float_info.max
+
+    def check(self, flag: str, value: float) -> None:
+        highest = self.highest if isinstance(value, float) else min(self.highest, LARGEST_INT)
+        check(not value > highest, f"--{flag} is {value}; it must be at most {highest}")
+        low = "0 or above" if self.zero_allowed else "above 0"
+        valid = value > 0 or (self.zero_allowed and value == 0)
+        check(valid, f"--{flag} is {value}; it must be {low}")
 
 
+LARGEST_INT = 2**63 - 1  # that torch takes, for a seed or a size
 POSITIVE, NOT_NEGATIVE = Range(zero_allowed=False), Range(zero_allowed=True)
+SHARE, PORT = Range(zero_allowed=False, highest=1), Range(zero_allowed=False, highest=65_535)
 # Of a flag that says how a run is watched or where it fits, not what it computes: it may differ
 # when the run is resumed.
 MAY_CHANGE = "may change"
@@ -88,27 +97,24 @@ def marks_of(args_type: type) -> dict[str, tuple]:
 
 
 def parse(args_type: type, description: str, words: list[str] | None = None):
-    """Parse the command line, or other words; tyro's box of several lines becomes a UserError."""
+    """Parse the command line, or other words. Numbers out of their flag's range are a UserError,
+    and so is tyro's box of several lines."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(args_type, args=words, description=description, use_underscores=True)
+            args = tyro.cli(args_type, args=words, description=description, use_underscores=True)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
         words = re.sub(r"[^\x20-\x7e]|(?<=\s)[-|+]+(?=\s)|---+", " ", box.getvalue())
         raise UserError(f"{' '.join(words.split())[:400]} (--help lists every flag)") from None
-
-
-def check_ranges(args) -> None:
-    """Refuse numbers that can only be a slip: zero or negative sizes and rates, infinities, NaN."""
-    for name, marks in marks_of(type(args)).items():
-        value = getattr(args, name)
-        for mark in marks:
-            if isinstance(mark, Range) and value is not None:
-                valid = math.isfinite(value) and (value > 0 or (mark.zero_allowed and value == 0))
-                low = "0 or above" if mark.zero_allowed else "above 0"
-                check(valid, f"--{name} is {value}; it must be {low}")
+    for flag, marks in marks_of(args_type).items():
+        given = getattr(args, flag)
+        for value in given if isinstance(given, tuple) else (given,):
+            for mark in marks:
+                if isinstance(mark, Range) and value is not None:
+                    mark.check(flag, value)
+    return args
 
 
 # === signals ===

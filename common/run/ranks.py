@@ -53,7 +53,7 @@ def join_ranks(device: str, dtype: str = "float32", cpu_offload: bool = False) -
     if launched and cpu_offload:  # torchrun leaves one thread for the update
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
     if rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     return place
 
 

@@ -18,7 +18,7 @@ from common.run.errors import RunFailure, check, one_line
 from common.run.folder import claim_folder, lock_folder, write_json, write_jsonl, writing
 from common.run.inputs import inputs_of
 from common.run.log import Log, check_track
-from common.run.process import STOP, Stopped, check_ranges
+from common.run.process import STOP, Stopped
 from common.run.ranks import gather, max_over_ranks, num_ranks, on_first_rank, rank, sum_over_ranks
 
 WATCHED = ("rollout/reward", "rollout/length", "loss/total")  # the progress bar shows these
@@ -40,7 +40,6 @@ class Progress:
 
 def check_training(args) -> None:
     """Refuse what no trainer can run with."""
-    check_ranges(args)
     check(args.learning_rate is not None, f"set --learning_rate for {args.model} (the paper: 1e-6)")
     rows = args.prompts_per_step * args.group_size
     check(
@@ -111,7 +110,7 @@ class Run:
         if self.finished:
             print(f"{self.folder} is finished already")
         elif self.checkpoint:
-            self.progress = Progress(**json.loads((self.checkpoint / "progress.json").read_text()))
+            self.progress = Progress(**json.loads((self.checkpoint / "progress.json").read_bytes()))
             print(f"resuming {self.folder} after step {self.progress.step}")
         self._completed = dataclasses.replace(self.progress)  # as of the last completed step
         self._saved_step, self._updating = self.progress.step, False

@@ -4,6 +4,7 @@ Token ids go in and come out. Text is decoded for the verifier and for people, a
 again, except completions from a file (--rollouts) that has no token ids.
 """
 
+import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from common.tasks.rows import read_jsonl
 from common.tasks.task import OUTCOMES, Problem, Task, Verdict
 from common.tasks.worker import is_unicode
 
+KEY = "_problem_key"  # a row's problem; no column of a user's own is called so
+
 
 @dataclass(eq=False)
 class Rollout:
@@ -28,7 +31,7 @@ class Rollout:
     completion_ids: list[int]  # T, the EOS token that ended it included
     logprobs: torch.Tensor  # float32 [T], at the sampling temperature
     finish: str  # "eos", "length" (cut off by max_new_tokens), or "given" (not sampled here)
-    text: str  # the completion, decoded without special tokens
+    text: str  # what the verifier gets of it
     problem: Problem | None = None
     opens_thought: bool = False  # the prompt ends inside <think>
     key: tuple[int, ...] = ()  # the sample's seeds and number: the same at any number of ranks
@@ -47,7 +50,7 @@ class Rollout:
         return {
             "problem": self.problem.text,
             "answer": self.problem.gold,
-            "key": self.problem.key,
+            KEY: self.problem.key,
             "completion": self.text,
             "outcome": self.verdict.outcome,
             "reward": self.verdict.reward,
@@ -70,6 +73,12 @@ class Rollout:
             Problem(row["problem"], row["answer"]),
             verdict=Verdict(row["outcome"], row["reward"], row["extracted"], row["message"]),
         )
+
+
+def text_of(tokenizer, ids: list[int], finish: str | None) -> str:
+    """Decode a completion without special tokens, and without the one that ended it: not every
+    tokenizer calls that special."""
+    return tokenizer.decode(ids[:-1] if finish == "eos" else ids, skip_special_tokens=True)
 
 
 def verify(task: Task, rollouts: list[Rollout]) -> None:
@@ -106,20 +115,20 @@ def load_rollouts(
     `max_new_tokens` are left out, with a count. Raises UserError for a malformed row, and if no
     row is left.
     """
-    prompt_of = {prompt.problem.key: prompt for prompt in prompts}
     rows, ends = read_jsonl(Path(path)), end_ids(tokenizer)
     task.sources[path] = hash_of_source(path)
+    own_end = re.compile("|".join(map(re.escape, tokenizer.convert_ids_to_tokens(ends))))
     for number, row in enumerate(rows, 1):
         texts = isinstance(row.get("problem"), str) and isinstance(row.get("completion"), str)
         check(texts, f"{path}, row {number}: needs text columns problem and completion")
-    keys = on_first_rank(lambda: task.keys([row["problem"] for row in rows]))
+    found = _prompts_of(task, prompts, rows)
     rollouts, too_long = [], 0
-    for number, (row, key) in enumerate(zip(rows, keys, strict=True), 1):
+    for number, (row, prompt) in enumerate(zip(rows, found, strict=True), 1):
         ids = _completion_ids(row, tokenizer, ends, f"{path}, row {number}")
-        prompt = prompt_of.get(row.get("key", key))  # a conversation's text is not all of it
         too_long += len(ids) > max_new_tokens
         if prompt is not None and len(ids) <= max_new_tokens:
-            rollout = Rollout(prompt.ids, ids, torch.zeros(len(ids)), "given", row["completion"])
+            text = own_end.split(row["completion"], maxsplit=1)[0]
+            rollout = Rollout(prompt.ids, ids, torch.zeros(len(ids)), "given", text)
             rollout.problem, rollout.opens_thought = prompt.problem, prompt.opens_thought
             rollouts.append(rollout)
     counts = (
@@ -129,6 +138,26 @@ def load_rollouts(
     check(len(rollouts) > 0, counts)
     print(counts)
     return rollouts
+
+
+def _prompts_of(task: Task, prompts: list[Prompt], rows: list[dict]) -> list[Prompt | None]:
+    """Return the prompt of each row: that of the key which a run has saved, else that of the text,
+    said last in a few-shot prompt. A text that several prompts end with is no one's."""
+    by_key = {prompt.problem.key: prompt for prompt in prompts}
+    named = []
+    for key, prompt in by_key.items():
+        text = prompt.problem.text
+        named += [(name, key) for name in {text, str(prompt.problem.row.get("problem", text))}]
+    texts = [name for name, _ in named] + [row["problem"] for row in rows]
+    hashes = on_first_rank(lambda: task.keys(texts))
+    by_text: dict[str, set[str]] = {}
+    for (_, key), of_text in zip(named, hashes, strict=False):
+        by_text.setdefault(of_text, set()).add(key)
+    found = []
+    for row, of_text in zip(rows, hashes[len(named) :], strict=True):
+        keys = {str(row[KEY])} if KEY in row else by_text.get(of_text, set())
+        found.append(by_key.get(*keys) if len(keys) == 1 else None)
+    return found
 
 
 def _completion_ids(row: dict, tokenizer, ends: list[int], where: str) -> list[int]:
@@ -141,7 +170,7 @@ def _completion_ids(row: dict, tokenizer, ends: list[int], where: str) -> list[i
         valid = listed and all(type(token) is int and 0 <= token < count for token in ids)
         expected = f"a list of one or more ids from 0 to {count - 1}"
         check(valid, f"{where}: completion_ids must be {expected}")
-        if tokenizer.decode(ids, skip_special_tokens=True) == text:
+        if text_of(tokenizer, ids, row.get("finish")) == text:
             return ids
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     has_ended = row.get("finish") == "length" or (ids and ids[-1] in ends)

@@ -123,8 +123,7 @@ def resolve_backend(args, device: torch.device) -> str:
     Raises UserError if vLLM is wanted and not installed, or of another version.
     """
     installed, install = find_spec("vllm") is not None, "requirements-gpu.txt"
-    backend, share = args.backend, args.vllm_gpu_memory
-    check(0 < share <= 1, f"--vllm_gpu_memory is {share}; it must be above 0 and at most 1")
+    backend = args.backend
     if backend == "auto":
         # For the toy, starting an engine takes longer than all of its sampling.
         on_gpu = device.type == "cuda" and not args.model.startswith("toy/")

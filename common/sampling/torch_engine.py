@@ -9,7 +9,7 @@ from common.model.flops import head_size
 from common.model.logprob import likeliest, row_slices
 from common.model.shard import device_of, gathered
 from common.model.tokenizer import end_ids
-from common.sampling.rollout import Rollout
+from common.sampling.rollout import Rollout, text_of
 
 # === a token ===
 
@@ -172,7 +172,7 @@ class TorchEngine:
         rollouts, tokens, logprobs = [], tokens.cpu(), logprobs.cpu()
         for n, length in enumerate(lengths.tolist()):
             ids, finish = tokens[n, :length].tolist(), "eos" if ended[n] else "length"
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            text = text_of(self.tokenizer, ids, finish)
             logp = logprobs[n, :length].clone()
             rollouts.append(Rollout(prompts[n // group_size], ids, logp, finish, text))
         return rollouts

@@ -16,7 +16,7 @@ from common.model.shard import DTYPES, device_of
 from common.model.tokenizer import end_ids
 from common.run.errors import RunFailure, UserError, check, one_line
 from common.run.ranks import gather, num_ranks
-from common.sampling.rollout import Rollout
+from common.sampling.rollout import Rollout, text_of
 from common.sampling.sync_proof import (
     WeightSyncError,
     check_canary,
@@ -107,8 +107,8 @@ class VLLMEngine:
         for prompt_ids, output in zip(prompts, outputs, strict=True):
             for sample in output.outputs * copies:
                 ids, logprobs = list(sample.token_ids), torch.tensor(sample.logprobs.logprobs)
-                text = self.tokenizer.decode(ids, skip_special_tokens=True)
                 finish = "eos" if ids[-1] in self.eos_ids else "length"
+                text = text_of(self.tokenizer, ids, finish)
                 rollouts.append(Rollout(prompt_ids, ids, logprobs, finish, text))
         return rollouts
 

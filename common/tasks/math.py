@@ -45,15 +45,17 @@ MAX_ANSWER_CHARS, MAX_DEPTH = 2_000, 8  # answers are short, and their brackets 
 
 # === rows ===
 
-# `Express your answer as an integer.`, which copies of a problem have at their end or not.
+# `Express your answer as an integer.`, which copies of a problem have or not; never `in base 8`.
 _ANSWER_FORMAT = re.compile(
-    r"\b(?:please )?(?:express|give|write|provide|enter|state) (?:your|the) (?:final )?answer\b"
-    r"[^.?!]*[.?!]?\s*\Z",
+    r"\b(please )?(express|give|write|provide|enter|state) (your|the) (final )?answer (as an? "
+    r"((single|common|reduced|mixed) )?(integer|fraction|decimal|number)|in (its )?(simplest|lowest"
+    r"|reduced) (form|terms))[.?!]?\s*\Z",
     re.IGNORECASE,
 )
-_SYMBOL = re.compile(  # a hyphen between letters is no minus
-    r"\\[a-z]+|\d+(?:\.\d+)?|\.\d+|[^\W\d_]|[+*/^=<>|!%()\[\]]|:(?=\s*\d)|'(?=\()"
-    r"|-(?![^\W\d_])|(?<![^\W\d_])-"
+_GROUP = re.compile(r"\{\s*(\\[a-z]+|\d+(?:\.\d+)?|[^\W\d_])\s*\}")  # x^{2} is x^2
+_SYMBOL = re.compile(  # a hyphen between words is no minus, an apostrophe behind one no prime
+    r"\\[a-z]+|\\\\|\d+(?:\.\d+)?|\.\d+|\.\.\.|[^\W\d_]|:(?=\s*\d)|(?<!_)_(?!_)"
+    r"|'(?=\()|(?<![^\W\d_]{2})['-]|-(?![^\W\d_]{2})|[^\w\s\\.,:;?\"'“”。、「」《》-]"
 )
 
 
@@ -96,11 +98,12 @@ def gold(row: dict) -> str:
 
 
 def key(text: str) -> str:
-    r"""Return a problem's lower-cased letters, numbers and signs: `$x$` is `\(x\)`, but 2+3 is not
-    2-3."""
+    r"""Return a problem's lower-cased letters, numbers, brackets and signs: `$x$` is `\(x\)`, but
+    2+3 is not 2-3."""
     if len(text) > 20_000:  # to respell it would take seconds
         return text
-    symbols = _SYMBOL.findall(_spelled(_ANSWER_FORMAT.sub("", text)).lower())
+    spelled = _spelled(_ANSWER_FORMAT.sub("", text)).lower()
+    symbols = _SYMBOL.findall(_GROUP.sub(r" \1 ", spelled))
     return "".join(f" {s}" if s[-1].isdigit() or s[0] == "\\" else s for s in symbols) or text
 
 

@@ -82,8 +82,8 @@ class _Worker:
         try:
             chunk = self.socket.recv(1 << 16, socket.MSG_DONTWAIT)
             *lines, self.received = (self.received + chunk).split(b"\n")
-            messages = [(number, kind, value) for number, kind, value in map(json.loads, lines)]
-        except (OSError, ValueError, TypeError):
+            messages = [(number, kind, value) for number, kind, value in map(valid, lines)]
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
         return messages if chunk and len(self.received) < MAX_REPLY_BYTES else None
 
@@ -97,6 +97,11 @@ class _Worker:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         shutil.rmtree(self.scratch, ignore_errors=True)  # should its keeper have been killed
+
+
+def valid(line: bytes) -> object:
+    """Parse JSON whose text may hold half a surrogate pair, which UTF-8 cannot: it is replaced."""
+    return json.loads(json.dumps(json.loads(line), ensure_ascii=False).encode(errors="replace"))
 
 
 class WorkerPool:

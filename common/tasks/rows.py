@@ -96,7 +96,10 @@ def _json_rows(path: Path) -> Iterator[dict]:
 
 
 def _parse(text: bytes) -> object:
-    return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
+    try:
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
@@ -141,7 +144,9 @@ def _parquet_rows(path: Path) -> Iterator[dict]:
 
 
 def _get(row: dict, column: str):
-    """`reward_model.ground_truth` is a key in a nested object."""
+    """`reward_model.ground_truth` is a column, else a key in a nested object."""
+    if column in row:
+        return row[column]
     for part in column.split("."):
         row = row.get(part) if isinstance(row, dict) else None
     return row

@@ -12,7 +12,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import resource
 import select
 import shutil
@@ -23,7 +22,6 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-END_OF_TEXT = re.compile(r"<\|im_end\|>|<\|endoftext\|>|<\|eot_id\|>|<\|end\|>|</s>")
 MAX_FILE_BYTES = 1 << 28  # that a task may write
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # Linux's prctl
 
@@ -76,7 +74,7 @@ def children() -> list[int]:
     pids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+            if int(stat.read_text("utf-8").rpartition(")")[2].split()[1]) == os.getpid():
                 pids.append(int(stat.parent.name))
     return pids
 
@@ -182,8 +180,15 @@ def declarations(task) -> dict:
         if not isinstance(named, dict):
             raise Misuse(f"its {name} are no dictionary of names")
     for name, usual in known["columns"].items():
-        if isinstance(usual, str) or not usual:
+        listed = isinstance(usual, list | tuple) and len(usual) > 0
+        if not listed or not all(isinstance(column, str) for column in usual):
             raise Misuse(f"its columns[{name!r}] is no list of names")
+    for name, place in (known["datasets"] | known["benchmarks"]).items():
+        match place:
+            case str() | [str(), str() | None, str() | None]:
+                pass
+            case _:
+                raise Misuse(f"the place of {name!r} is no file and no (hub id, config, split)")
     instruction = getattr(task, "instruction", "")
     if not isinstance(instruction, str):
         raise Misuse("its instruction is no text")
@@ -242,9 +247,7 @@ def _are_messages(messages: object) -> bool:
 
 
 def answering_part(completion: str) -> str:
-    """Return what lies outside <think> ... </think>, closed or not, and before an end-of-text
-    marker."""
-    completion = END_OF_TEXT.split(completion, maxsplit=1)[0]
+    """Return what lies outside <think> ... </think>, closed or not."""
     return completion.rpartition("</think>")[2].partition("<think>")[0]
 
 

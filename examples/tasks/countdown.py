@@ -124,4 +124,4 @@ def make_data() -> dict[str, str]:
 
 if __name__ == "__main__":
     for name, text in make_data().items():
-        Path(__file__).with_name(name).write_text(text)
+        Path(__file__).with_name(name).write_text(text, "utf-8")
