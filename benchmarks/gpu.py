@@ -180,7 +180,9 @@ def run(job: Job, minutes: float, facts: Facts) -> str:
 
 def _run(words: list[str], minutes: float) -> subprocess.CompletedProcess:
     command = [sys.executable, *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60 * minutes)
+    return subprocess.run(
+        command, capture_output=True, encoding="utf-8", cwd=ROOT, timeout=60 * minutes
+    )
 
 
 def _kill_after_first_checkpoint(job: Job, minutes: float) -> None:
@@ -198,7 +200,7 @@ def _kill_after_first_checkpoint(job: Job, minutes: float) -> None:
 
 def _table(job: Job) -> str:
     """Return a trainer's metrics as a table, a column for each step."""
-    lines = (Path(job.flags["output_dir"]) / "metrics.jsonl").read_text().splitlines()
+    lines = (Path(job.flags["output_dir"]) / "metrics.jsonl").read_text("utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     names = [name for name in rows[-1] if name.startswith(SHOWN)]
     table = [

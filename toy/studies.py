@@ -26,7 +26,7 @@ def make_student(use: float, folder: Path) -> str:
     if not record.exists():
         run(["-m", "toy.make", "--only", "student", "--use", str(use), "--output_dir", str(folder)])
         write_json(record, made_of)
-    same = json.loads(record.read_text()) == made_of
+    same = json.loads(record.read_text("utf-8")) == made_of
     check(same, f"{student} was made of another toy/student; choose another --output_dir")
     return str(student)
 

@@ -111,7 +111,7 @@ def hash_of_source(source: str) -> str | None:
 def cached_commit(kind: str, hub_id: str) -> str | None:
     """Return the commit of one of the hub's models or datasets that is in the local cache."""
     ref = Path(constants.HF_HUB_CACHE, f"{kind}--{hub_id.replace('/', '--')}", "refs", "main")
-    return ref.read_text() if hub_id.count("/") == 1 and ref.is_file() else None
+    return ref.read_text("utf-8") if hub_id.count("/") == 1 and ref.is_file() else None
 
 
 def hash_of_code() -> str:

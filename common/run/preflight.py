@@ -43,7 +43,7 @@ def look() -> Facts:
         return facts
     query = "--query-gpu=memory.total,memory.free,compute_cap,name,driver_version"
     command = [tool, query, "--format=csv,noheader,nounits", *(["-i", visible] if visible else [])]
-    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    lines = subprocess.run(command, capture_output=True, encoding="utf-8").stdout.splitlines()
     rows = [line.split(", ", 3) for line in lines if line.count(", ") == 4]
     if not rows:
         return facts
