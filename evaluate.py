@@ -267,7 +267,7 @@ def main(args: Args) -> None:
     names = args.benchmarks or (data.default_of(task, "benchmarks"),)
     prompts = {name: benchmark_prompts(task, name, tokenizer, args) for name in names}
     config = {"script": "evaluate", **vars(args), **on_first_rank(lambda: inputs_of(args))}
-    config |= data.fingerprint(task, tokenizer, (), sum(prompts.values(), []), args)
+    config |= data.fingerprint(task, (), sum(prompts.values(), []))
     folder = Path(args.output_dir)
     if rank() == 0:
         claim_folder(folder, config, Args)

@@ -346,7 +346,7 @@ def main(args: Args) -> None:
     eval_prompts = data.evaluation_prompts(task, tokenizer, args)
 
     # --- model ---
-    run = Run(__file__, args, data.fingerprint(task, tokenizer, dataset, eval_prompts, args))
+    run = Run(__file__, args, data.fingerprint(task, dataset, eval_prompts))
     if run.finished:
         return
     model = load_for_training(args.model, args, device, trainable=True)

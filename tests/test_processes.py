@@ -120,6 +120,20 @@ def test_a_stage_is_finished_if_its_rows_are_what_they_were(tmp_path, capsys):
         assert f"{file}: not the file or the commit" in capsys.readouterr().out
 
 
+def test_a_finished_stage_is_looked_at_by_one_process(tmp_path, monkeypatch):
+    """Another machine, with another cache of the hub's, may see no reason to."""
+    (tmp_path / "stub.py").write_text("")
+    monkeypatch.setattr(processes, "ROOT", tmp_path)
+    stage = Stage(
+        "a", "", "stub.py", tmp_path / "a", {}, {}, launcher=("torchrun", "--nnodes", "2")
+    )
+    stage.folder.mkdir()
+    stage.manifest.write_text("{}")
+    child = processes.Child(stage, forks=False)
+    child.finish()
+    assert child.process.args == [sys.executable, str(tmp_path / "stub.py")]
+
+
 def test_a_signal_waits_until_the_child_has_an_owner(tmp_path, monkeypatch):
     """Every child is ended and reaped, though the signal comes while it starts."""
     started = []

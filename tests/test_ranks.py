@@ -287,8 +287,7 @@ task.pool.close()
 sets = [data.training_prompts(task, tokenizer, args)]
 sets.append(data.evaluation_prompts(task, tokenizer, args))
 sizes, workers = gather([list(map(len, sets))]), gather([len(task.pool._workers) > 0])
-prints = [data.fingerprint(task, tokenizer, s, [], args)["prompts_fingerprint"] for s in sets]
-prints = gather(prints)
+prints = gather([data.fingerprint(task, s)["prompts_fingerprint"] for s in sets])
 task.pool.close()
 print(sizes, workers, prints[:2] == prints[2:])
 """

@@ -82,6 +82,7 @@ class Child:
             if forks:
                 self.process = start_forked(run_script, words, writer)
                 return
+            # Only its first rank looks again at a finished stage's data.
             if stage.launcher[0] == "torchrun" and not stage.manifest.exists():
                 launcher += ["-m", "torch.distributed.run", *stage.launcher[1:]]
             pipes = {"stdout": writer, "stderr": writer}

@@ -247,26 +247,14 @@ def default_of(task: Task, kind: str) -> str:
     return next(iter(known))
 
 
-def fingerprint(
-    task: Task, tokenizer, dataset: Sequence, eval_prompts: Sequence[Prompt], args
-) -> dict[str, object]:
-    """Return what a resumed run must find unchanged beside its Args: the data, prompts or given
-    rollouts, and how it is put. A template may write today's date, so prompts count as their token
-    ids. The sources may change: the rows in them count."""
+def fingerprint(task: Task, dataset: Sequence, eval_prompts: Sequence[Prompt] = ()) -> dict:
+    """Return what a resumed run must find unchanged beside its Args: the prompts or given rollouts,
+    as token ids, since a template may write today's date. Sources may change: their rows count."""
     return {
         "training_problems": len({item.problem.key for item in dataset}),
         "prompts_fingerprint": _hash_of("\n".join(i.identity for i in (*dataset, *eval_prompts))),
-        "template_fingerprint": template_fingerprint(tokenizer, args),
         "sources": task.sources,
     }
-
-
-def template_fingerprint(tokenizer, args) -> str:
-    """Hash what the chat template makes of any problem. (The task's instruction counts with its
-    file.)"""
-    messages = [{"role": "user", "content": "1+1\n"}]
-    text = prompt_text(tokenizer, messages, args.thinking)
-    return _hash_of(str(tokenizer(text, add_special_tokens=False)["input_ids"]))
 
 
 def _hash_of(text: str) -> str:
