@@ -81,11 +81,16 @@ def micro_batches(
     slices = cut(_of_all_ranks(rollouts), max_tokens)
     slices += [[]] * (-len(slices) % num_ranks())
     for rows in slices[rank() :: num_ranks()]:
-        inputs = [(row.prompt_ids + row.completion_ids)[:-1] for row in rows]
-        input_ids = torch.zeros(max(1, len(rows)), max(map(len, inputs), default=1)).long()
-        mask = torch.zeros(input_ids.shape, dtype=torch.bool)
-        for b, row in enumerate(rows):
-            input_ids[b, : len(inputs[b])] = torch.tensor(inputs[b])
-            mask[b, len(row.prompt_ids) - 1 : len(inputs[b])] = True
-        tokens = torch.tensor([token for row in rows for token in row.completion_ids]).long()
-        yield MicroBatch(rows, input_ids.to(device), mask.to(device), tokens.to(device))
+        yield micro_batch(rows, device)
+
+
+def micro_batch(rollouts: list[Rollout], device: torch.device) -> MicroBatch:
+    """Return rollouts as one micro-batch."""
+    inputs = [(row.prompt_ids + row.completion_ids)[:-1] for row in rollouts]
+    input_ids = torch.zeros(max(1, len(rollouts)), max(map(len, inputs), default=1)).long()
+    mask = torch.zeros(input_ids.shape, dtype=torch.bool)
+    for b, row in enumerate(rollouts):
+        input_ids[b, : len(inputs[b])] = torch.tensor(inputs[b])
+        mask[b, len(row.prompt_ids) - 1 : len(inputs[b])] = True
+    tokens = torch.tensor([token for row in rollouts for token in row.completion_ids]).long()
+    return MicroBatch(rollouts, input_ids.to(device), mask.to(device), tokens.to(device))
