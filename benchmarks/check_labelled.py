@@ -21,7 +21,7 @@ from common.tasks.worker import answering_part
 
 FILE = task_path("math")
 _FORMULA = re.compile(r"\$\$([^$]+)\$\$|(?<!\\)\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-_FIGURES = re.compile(r"\d[\d,.]*[^\s.,\])]*")
+_FIGURES = re.compile(r"(?<!\w)-?\d[\d,.]*[^\s.,\])]*")
 _LATEX_WORDS = re.compile(r"\\[A-Za-z]+\s*\{[^{}]*\}")
 
 
@@ -53,8 +53,8 @@ def judge(
 ) -> list[tuple[str, str | None]]:
     """(outcome, answer) of each text. Labelled rows hold bare answers and sentences."""
     answers = [said_answer(answering_part(text), marker) for text in texts]
-    sentences = [gold for gold in golds if "answer is" in gold or r"\\boxed" in gold]
-    golds = [extract_answer(g) or (g in sentences and said_answer(g)) or g for g in golds]
+    said = [said_answer if "answer is" in g or r"\\boxed" in g else extract_answer for g in golds]
+    golds = [read(gold) or gold for read, gold in zip(said, golds, strict=True)]
     asked = [i for i, answer in enumerate(answers) if answer is not None]
     replies = pool.call("is_right", [[answers[i], golds[i]] for i in asked])
     outcomes = dict.fromkeys(range(len(texts)), "no_answer")
@@ -69,10 +69,12 @@ def said_answer(text: str, marker: str | None = None) -> str | None:
     or number; else the text."""
     if r"\\boxed" in text:
         text = text.replace("\\\\", "\\")  # escaped twice
+    if marker is not None:
+        text = text.replace(marker, "Answer:")
     if re.search(r"\\(?:boxed|fbox)\b", text):
-        return extract_answer(text, marker)
+        return extract_answer(text)
     text = text.partition("<|im_")[0].partition("I hope it is correct")[0].strip()
-    text = extract_answer(text, marker) or text
+    text = extract_answer(text) or text
     if not re.search(r"[A-Za-z]{2} +[A-Za-z$\\(]", _LATEX_WORDS.sub("", text)):
         return text or None
     sentences = [part for part in re.split(r"\.\$*\s", text) if re.search(r"\d|\$|\\", part)]

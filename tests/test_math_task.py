@@ -22,6 +22,8 @@ from common.tasks.math import extract_answer, gold, golds, is_right, key, prompt
         (r"\boxed{1} or rather \boxed{2}", "2"),
         (r"\boxed{2} \quad \text{and} \quad \boxed{3}", "2, 3"),
         (r"\boxed{1}, \boxed{2} and $\boxed{3}$", "1, 2, 3"),
+        (r"\boxed{1} apples \text{ and } \boxed{2}", "1, 2"),
+        (r"\boxed{1} apples, and then the answer is \boxed{2}", "2"),
         (r"\boxed{1 + \boxed{2}}", r"1 + \boxed{2}"),
         ("Answer:\n5", None),
         (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
@@ -137,6 +139,17 @@ NOT_FINISHED = r"""
 \frac{\sqrt6}{\sqrt2} => \sqrt3   \frac{12-2\sqrt3}{2} => 6-\sqrt3   (y\pi)|_{y=3^2} => 9\pi
 \frac{1+\sqrt2}{\frac{1}{3-\sqrt2}} => 1+2\sqrt2   \frac12(22+22\sqrt5) => 11\sqrt5+11
 \sin\frac{5\pi}{12} => \frac{\sqrt6+\sqrt2}{4}   (x+y)\vert_{x=8} => y+8
+x=\sqrt{36-30} => x=\sqrt6   x=\sqrt{12}+\sqrt{27} => x=5\sqrt3   V=\pi\cdot2^2\cdot3 => V=12\pi
+(1+\sqrt3)^2 => 4+2\sqrt3   (\sqrt2+1)^3 => 7+5\sqrt2   \sqrt2(1+\sqrt2) => 2+\sqrt2
+\sqrt3\cdot\sqrt2 => \sqrt6   \sqrt{2\cdot17} => \sqrt{34}   \sqrt{|3|+10} => \sqrt{13}
+2\pi\cdot6 => 12\pi   \pi 6^2 => 36\pi   2^{10}\pi => 1024\pi   e^{2}e^{3} => e^5
+3.605551 => \sqrt{13}
+2\begin{pmatrix}\sqrt2\\1\end{pmatrix} => \begin{pmatrix}2\sqrt2\\2\end{pmatrix}
+x \ne 2-1 => x \ne 1   (1+2, \frac{\pi}{2}) => (3, \frac{\pi}{2})   2x+3x => 5x
+\frac{2x+4}{2} => x+2   \sqrt{16}+x => 4+x   (-k+4)+(-2+3k) => 2k+2
+\frac{\sec x}{\sin x}-\frac{\sin x}{\cos x} => \cot x   \frac{(10r^3)(4r^6)}{8r^4} => 5r^5
+\lim_{h\to0}\frac{(x+h)^2-x^2}{h} => 2x   f(x)=x^2+x^2 => f(x)=2x^2
+\frac{1}{2\cdot2} => \frac { 1 } { 4 }   2^{-2} => \frac { 1 } { 4 }
 """
 ANOTHER = r"""
 3 \text{ hours } 20 \text{ minutes} => 3 \text{ hours } 40 \text{ minutes}   cm^2 => 20 $cm^{2}$
@@ -144,6 +157,16 @@ ANOTHER = r"""
 10 cm => 10 \text{ m}   5 minutes => 5 hours   a + b + d => a + b + c   2\pi r => 2 \pi r h
 \sin 2 t => \sin 2   20 m^2 => 20 $cm^{2}$   A => \textbf{(E)}\ 12   (1,2) => (2,1)
 \frac{1}{3} => 0.5   hello => 5   [0, 1) => [0, 1]   C => B   11a+c => 7 = 11a+c   1:00 => 12:00
+9 => 9m^2   2 => 2abcd   0 => R-r   0 => \pi(R^2-r^2)   r-R => R-r   1 => \frac{R}{r}
+\frac{r}{R} => \frac{R}{r}   2r => R+r   m^2 => Mm   \frac{1}{2} => \frac{m}{M+m}   f(x) => F(x)
+1 => \binom{N}{n}   2X => 2x   0=0 => N=n   1=2 => N=n   x=x+1 => y=y+2   N => N=n
+x=2, y=1 => x=1, y=2   a=1, b=2 => x=1, y=2   3120 => (3,120)   100 => (0,100)   [0,495] => 495
+x \in [0,495] => 495   \{0,495\} => 495   0,495 => 495   00,019 => 19   2251252 => (2,251,252)
+(2,12)\cup 12102 => (2,12)\cup(12,102)   n! = 120 => 120   \{-\sqrt3,\sqrt3\} => (-\sqrt3, \sqrt3)
+-\sqrt3,\sqrt3 => (-\sqrt3, \sqrt3)   \{a,b\} => (a,b)   (A) or (B) => A   (A), (B) => A
+(A)(B)(C)(D)(E) => A   A. B. C. D. E. => A   x \not= 5 => 5   J => J: 4 \text{ hr}, S: 14 \text{ hr}
+5 \text{ is not right} => 5   50% more than candidate => 50   (1,2;3) => (1,2,4)
+\begin{pmatrix}1&2\end{pmatrix} => \begin{pmatrix}1\\2\end{pmatrix}
 """
 RIGHT = r"""
 12 => 12   +12 => 12   x = 12 => 12   8+4=12 => 12   x=8+4=12 => 12   10^6 => 1000000
@@ -154,26 +177,31 @@ RIGHT = r"""
 50\% => 0.5   5 \times 10^{-6} => 0.000005   \frac{7}{10} => 0.7   6, 6 => 6   2(x+1) => 2x+2
 \frac{2+\sqrt{3}}{4} => \frac{1}{2}+\frac{\sqrt{3}}{4}   \frac{n(n+1)}{2} => \frac{n^2+n}{2}
 2^5 => 2^{5}   84 \text{ square inches} => 84   12\pi \text{ cubic units} => 12\pi
-y-2x=3 => y=2x+3
-137\frac{1}{2}\ \mathrm{square\ yards} => 137.5   \$12 \text{ per hour} => 12   (3, 4]. => (3,4]
-\angle ABC = 90^\circ => 90^\circ   \triangle ABC = 3\sqrt{13} => 3\sqrt{13}   12 eggs => 12
-P(X=2) = \frac38 => \frac{3}{8}   \text{Total cost} = 12\pi => 12\pi   60 dollars => 60
-\begin{pmatrix}1\\[4pt]2\end{pmatrix} => \begin{pmatrix}1\\2\end{pmatrix}   12 km/h => 12
-\mathbb{R} => (-\infty,\infty)   [2,\infty) => x \ge 2   12° => 12^\circ   36 dollars => \$36
-\(\$36\) => \$36   \$58{,}500 \text{ dollars} => 58500   137 1/2 => 137 \frac{1}{2}
-N = 10{,}080 => 10080   \textbf{12} => 12   90^\circ. => 90^\circ   3\sqrt{13}. => 3\sqrt{13}
-Evelyn. => \text{Evelyn}   \left(3, 4\right). => (3,4)   {(3, 4)} => (3,4)   3+4i => 3+4i
-\frac{\sqrt3}{3} \approx 0.577 => \frac{\sqrt3}{3}   \frac{2}{3+\pi} => \frac{2}{\pi+3}
-\frac{1}{2x} => \frac{1}{2x}   2\cos x - 1 => 2\cos(x)-1   \ln 2 + 3 => 3+\ln 2   xy => x \cdot y
-\frac{x+1}{2} => (x+1)/2   \dfrac12 => \frac{1}{2}   \{2, 1\} => \{1,2\}   2\sqrt{2} => \sqrt{8}
-(-\infty, 3] => (-\infty,3]   x^2+2x+1 => (x+1)^2   \text{(B)} => B   n + m => m+n
-\left( 3, \frac{\pi}{2} \right) => (3,\pi/2)   20 => 20 $cm^{2}$   \frac{1}{2} b h => \frac{1}{2}bh
-12.5\% => 12.5   12.5 => 12.5\%   \textit{13} => 13   \rm 13 => 13   \mathbf{\frac{1}{2}} => \frac12
-\ 13 \  => 13   \frac{6}{8} => \frac{3}{4}   (\sqrt{2},\infty) => x > \sqrt{2}   12.0 => 12
-\textbf{(E)}\ 12 => E   E => \textbf{(E)}\ 12   12 => \textbf{(E)}\ 12   12^{\mathrm{th}} => 12
-a=-2, b=-2 => -2,-2   pi/2 => \frac{\pi}{2}   12dollars => 12   \frac{a+b}c => \frac{a+b}{c}
-0.\overline{3} => \frac13   x>3 => (3,\infty)   12 \text{ m} => 12   0.3333333 => 1/3
--x > -1 => x < 1   \frac{1}{2} => 50\%   1,000.99m^2 => 1000.99
+y-2x=3 => y=2x+3   137\frac{1}{2}\ \mathrm{square\ yards} => 137.5   \$12 \text{ per hour} => 12
+(3, 4]. => (3,4]   \angle ABC = 90^\circ => 90^\circ   \triangle ABC = 3\sqrt{13} => 3\sqrt{13}
+12 eggs => 12   P(X=2) = \frac38 => \frac{3}{8}   \text{Total cost} = 12\pi => 12\pi
+60 dollars => 60   \begin{pmatrix}1\\[4pt]2\end{pmatrix} => \begin{pmatrix}1\\2\end{pmatrix}
+12 km/h => 12   \mathbb{R} => (-\infty,\infty)   [2,\infty) => x \ge 2   12° => 12^\circ
+36 dollars => \$36   \(\$36\) => \$36   \$58{,}500 \text{ dollars} => 58500
+137 1/2 => 137 \frac{1}{2}   N = 10{,}080 => 10080   \textbf{12} => 12   90^\circ. => 90^\circ
+3\sqrt{13}. => 3\sqrt{13}   Evelyn. => \text{Evelyn}   \left(3, 4\right). => (3,4)
+{(3, 4)} => (3,4)   3+4i => 3+4i   \frac{\sqrt3}{3} \approx 0.577 => \frac{\sqrt3}{3}
+\frac{2}{3+\pi} => \frac{2}{\pi+3}   \frac{1}{2x} => \frac{1}{2x}   2\cos x - 1 => 2\cos(x)-1
+\ln 2 + 3 => 3+\ln 2   xy => x \cdot y   \frac{x+1}{2} => (x+1)/2   \dfrac12 => \frac{1}{2}
+\{2, 1\} => \{1,2\}   2\sqrt{2} => \sqrt{8}   (-\infty, 3] => (-\infty,3]   x^2+2x+1 => (x+1)^2
+\text{(B)} => B   n + m => m+n   \left( 3, \frac{\pi}{2} \right) => (3,\pi/2)   20 => 20 $cm^{2}$
+\frac{1}{2} b h => \frac{1}{2}bh   12.5\% => 12.5   12.5 => 12.5\%   \textit{13} => 13
+\rm 13 => 13   \mathbf{\frac{1}{2}} => \frac12   \ 13 \  => 13   \frac{6}{8} => \frac{3}{4}
+(\sqrt{2},\infty) => x > \sqrt{2}   12.0 => 12   \textbf{(E)}\ 12 => E   E => \textbf{(E)}\ 12
+12 => \textbf{(E)}\ 12   12^{\mathrm{th}} => 12   a=-2, b=-2 => -2,-2   pi/2 => \frac{\pi}{2}
+12dollars => 12   \frac{a+b}c => \frac{a+b}{c}   0.\overline{3} => \frac13   x>3 => (3,\infty)
+12 \text{ m} => 12   0.3333333 => 1/3   -x > -1 => x < 1   \frac{1}{2} => 50\%   1000,99 => 1000.99
+1.22 => 1,22   0.111 => 0,111   (5,2),(7,2) => p=5,q=2;p=7,q=2   14.0-1.0i => 14-i   -(r-R) => R-r
+y=2, x=1 => x=1, y=2   (3, 120) => (3,120)   1, 120 => \{1,120\}
+(2, 12.0) \cup (12, 102) => (2,12)\cup(12,102)   \boxed{19} => 19   19°C => 19   x = \pm 2 => -2, 2
+0.\dot{3} => \frac13   (a) => A   \frac { 1 } { 4 } => \frac{1}{4}
+1+\sqrt{19}, 1-\sqrt{19} => 1 \pm \sqrt{19}   (1, \frac{\pi}{2}) => (1,\pi/2)
+\begin{pmatrix}x+1\\2\end{pmatrix} => \begin{pmatrix}1+x\\2\end{pmatrix}
 """
 UNICODE = r"""
 √2 => \sqrt{2}   x²+1 => x^2+1   10³ => 1000   ½ => 0.5   3½ => 3.5   (−∞, 3] => (-\infty,3]
@@ -204,13 +232,15 @@ def test_unicode_in_gold_answers_and_zero_width_spaces(task):
         ("7\u200b", "7"),
         ("7", "7\u200b"),
     ]
-    table.remove(("0.5", "½"))
     assert [p for p, right in verdicts(task, table).items() if right is not True] == []
 
 
-def test_an_answer_with_variables_may_be_unfinished(task):
+def test_what_can_still_be_paid_for(task):
     """The price of judging texts instead of trees: docs/verifier.md counts it."""
-    table = pairs(r"2x+3x => 5x   \frac{2x+4}{2} => x+2   \sqrt{16}+x => 4+x")
+    table = pairs(r"x+x => 2x   ab+5b+2a+10 => (a+5)(b+2)   x^2+y^2-2x=0 => (x-1)^2+y^2=1")
+    table += pairs(
+        r"\frac{2}{\sqrt5-1} => \frac{\sqrt5+1}{2}   \frac{3}{20} => 0.15   84/144 => 7/12"
+    )
     assert all(verdicts(task, table).values())
 
 
@@ -307,13 +337,13 @@ def grade_file(*flags: str, file: Path = GRADED) -> list:
 
 
 def test_labelled_answers_of_other_projects():
-    """Math-Verify's own tests: at least 90% of the rows without a note, no false positive."""
+    """Math-Verify's own tests: at least 95% of the rows without a note, no false positive."""
     (report,) = grade_file()
     rows = report["rows"] - report["flagged"]["rows"]
     assert report["rows"] == 260
     assert sum(report["outcomes"].values()) == report["rows"]
     assert report["false_positives"] == 0
-    assert report["false_negatives"] <= 0.1 * rows
+    assert report["false_negatives"] <= 0.05 * rows
     assert report["rows_per_second"] > 0
 
 
@@ -326,6 +356,6 @@ def test_false_negatives_are_shown():
 
 
 def test_reported_verdicts():
-    """Two right answers are refused: a root of a symbol that may be negative, and 14.0 - 1.0i."""
+    """One right answer is refused: a root of a symbol that may be negative."""
     (report,) = grade_file(file=REPORTS)
-    assert (report["rows"], report["false_positives"], report["false_negatives"]) == (195, 0, 2)
+    assert (report["rows"], report["false_positives"], report["false_negatives"]) == (195, 0, 1)
