@@ -25,13 +25,13 @@ V vocabulary, D hidden size.
         --micro_batch_tokens 8192 --output_dir runs/grpo-1.7b                         # on a GPU
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
 
 import torch
 
+from common.model.distance import engine_metrics
 from common.model.head import chunked_backward, frozen_hidden_states, head_logprobs
 from common.model.load import check_shapes, load_for_training, load_reference
 from common.model.logprob import token_logprobs
@@ -40,7 +40,7 @@ from common.model.shard import clip_grad_norm, device_of
 from common.model.tokenizer import load_tokenizer
 from common.run.errors import check
 from common.run.process import CHAT, MAY_CHANGE, MODEL, NOT_NEGATIVE, POSITIVE, SHARE, start
-from common.run.ranks import gather, join_ranks, sum_dicts_over_ranks, sum_over_ranks
+from common.run.ranks import combine, gather, join_ranks, sum_over_ranks
 from common.run.run import Run, check_training, mean
 from common.sampling.batches import micro_batches, minibatches
 from common.sampling.rollout import Rollout
@@ -246,7 +246,7 @@ def loss_fn(
     args: Args,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Sum the clipped surrogate and the KL term over a slice of C tokens: logits [C, V], all else
-    [C]. Returns the weighted sum, and the unweighted sums of what is logged.
+    [C]. Returns the weighted sum, and the unweighted sums (least, largest) of what is logged.
 
     `old_logprobs` None: the policy has not moved since it sampled, so the ratio is 1 (its gradient
     is not 0). The entropy has no gradient. On a GPU backward writes over the logits: use them once.
@@ -261,9 +261,8 @@ def loss_fn(
         loss = loss * engine_ratio.clamp(max=args.importance_cap)
     metrics = {
         "policy/entropy": entropy.sum(),
-        "policy/engine_ratio": engine_ratio.sum(),
         "policy/clip_fraction": (clipped * advantages < ratio * advantages).float().sum(),
-    }
+    } | engine_metrics(old_logprobs, rollout_logprobs)
     if ref_logprobs is not None:
         log_ratio = ref_logprobs - logprobs
         k3 = log_ratio.exp() - log_ratio - 1
@@ -286,7 +285,7 @@ def backward(model, rollouts: list[Rollout], args: Args) -> dict[str, float]:
     denominator = denominator_of(rollouts, args)
     rollouts = with_gradient(rollouts, args)
     num_tokens = max(1, sum_over_ranks(sum(len(rollout.completion_ids) for rollout in rollouts)))
-    sums = Counter(loss=0.0)
+    parts = [{"loss": 0.0}]
     for batch in micro_batches(rollouts, args.micro_batch_tokens, device_of(model)):
         inputs = {
             "tokens": batch.tokens,
@@ -296,7 +295,7 @@ def backward(model, rollouts: list[Rollout], args: Args) -> dict[str, float]:
             "old_logprobs": batch.per_token("old_logprobs"),
             "ref_logprobs": batch.per_token("ref_logprobs"),
         }
-        sums.update(
+        parts.append(
             chunked_backward(
                 model,
                 batch.input_ids,
@@ -307,9 +306,9 @@ def backward(model, rollouts: list[Rollout], args: Args) -> dict[str, float]:
                 chunk_size=args.chunk_size,
             )
         )
-    sums = sum_dicts_over_ranks(sums)
-    loss = sums.pop("loss") / denominator
-    return {"loss/total": loss} | {name: value / num_tokens for name, value in sums.items()}
+    means = combine(gather(parts), lambda values: sum(values) / num_tokens)
+    loss = means.pop("loss") * num_tokens / denominator
+    return {"loss/total": loss} | means
 
 
 def denominator_of(rollouts: list[Rollout], args: Args) -> float:

@@ -29,7 +29,6 @@ V vocabulary, D hidden size.
 """
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
@@ -45,7 +44,7 @@ from common.model.shard import clip_grad_norm, device_of
 from common.model.tokenizer import load_tokenizer, share_end_ids
 from common.run.errors import check
 from common.run.process import CHAT, MAY_CHANGE, MODEL, NOT_NEGATIVE, POSITIVE, SHARE, start
-from common.run.ranks import join_ranks, sum_dicts_over_ranks, sum_over_ranks
+from common.run.ranks import combine, gather, join_ranks, sum_over_ranks
 from common.run.run import Run, check_training, mean
 from common.sampling.batches import micro_batches, minibatches
 from common.sampling.rollout import Rollout, load_rollouts
@@ -239,11 +238,11 @@ def backward(model, teacher, rollouts: list[Rollout], args: Args) -> dict[str, f
     num_tokens = max(1, sum_over_ranks(sum(len(rollout.completion_ids) for rollout in rollouts)))
     denominator = num_tokens
     teacher_head = head_weight(teacher, teacher.dtype)
-    sums = Counter(loss=0.0)
+    parts = [{"loss": 0.0}]
     for batch in micro_batches(rollouts, args.micro_batch_tokens, device_of(model)):
         # Hidden states [N, D_teacher], not logits [N, V]: its head is applied beside the student's.
         hidden = frozen_hidden_states(teacher, batch.input_ids, batch.mask)
-        sums.update(
+        parts.append(
             chunked_backward(
                 model,
                 batch.input_ids,
@@ -255,9 +254,9 @@ def backward(model, teacher, rollouts: list[Rollout], args: Args) -> dict[str, f
                 chunk_size=args.chunk_size,
             )
         )
-    sums = sum_dicts_over_ranks(sums)
-    loss = sums.pop("loss") / denominator
-    return {"loss/total": loss} | {name: value / num_tokens for name, value in sums.items()}
+    means = combine(gather(parts), lambda values: sum(values) / num_tokens)
+    loss = means.pop("loss") * num_tokens / denominator
+    return {"loss/total": loss} | means
 
 
 # === main ===

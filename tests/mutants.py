@@ -71,6 +71,8 @@ MUTANTS = [
         (GRPO, "zip(batch.rollouts, logprobs", "zip(rollouts[:len(lengths)], logprobs"),
         (GRPO, "batch.tokens, args.temperature,", "batch.tokens, 1.0,"),
         (GRPO, "engine_ratio = (old_logprobs", "engine_ratio = (logprobs.detach()"),
+        (GRPO, "engine_metrics(old_logprobs,", "engine_metrics(logprobs.detach(),"),
+        (DISTANCE, "gap.exp()", "(-gap).exp()"),
         (GRPO, "for r in rollouts]\n    r", "for r in with_gradient(rollouts, args)]\n    r"),
         (GRPO, "sum_over_ranks(len(rollouts)) * a", "args.prompts_per_step * args.group_size * a"),
         (GRPO, "r.weight > 0 and", "r.weight >= 0 and"),

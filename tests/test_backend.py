@@ -13,10 +13,15 @@ import grpo
 from common.model.lora import whole_weights
 from common.run.errors import RunFailure, UserError
 from common.run.process import start
-from common.sampling import sampler
+from common.sampling import sampler, sync_proof
 from common.sampling import vllm_engine as module
 from common.sampling.sampler import make_engine, resolve_backend
-from common.sampling.sync_proof import WeightSyncError, same_bits, stale_parameters
+from common.sampling.sync_proof import (
+    WeightSyncError,
+    check_canary,
+    same_bits,
+    stale_parameters,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -219,6 +224,44 @@ def test_a_nan_in_the_canary_is_an_error(made, monkeypatch):
     monkeypatch.setattr(engine, "canary_difference", lambda: (float("nan"), float("nan")))
     with pytest.raises(WeightSyncError, match="nan in the mean"):
         engine.sync()
+
+
+CANARY_DIFFERENCE = module.VLLMEngine.canary_difference
+
+
+def test_the_canary_compares_sampled_tokens_alone(made, model):
+    """FakeLLM samples 3, 4 behind every prompt, with log-probs of -1 and -2."""
+    engine = made()
+    engine.canary = [[5, 6], [7, 8, 9, 10]]
+    differences = []
+    for prompt in engine.canary:
+        with torch.no_grad():
+            logprobs = model(torch.tensor([prompt + [3]])).logits[0, -2:].log_softmax(-1)
+        differences += [abs(logprobs[0, 3].item() + 1), abs(logprobs[1, 4].item() + 2)]
+    expected = (sum(differences) / 4, max(differences))
+    assert CANARY_DIFFERENCE(engine) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mean", "outcome"),
+    [
+        (torch.float32, 9e-4, ""),
+        (torch.float32, 2e-3, "error"),
+        (torch.bfloat16, 0.09, ""),
+        (torch.bfloat16, 0.2, "warning"),
+        (torch.bfloat16, 0.6, "error"),
+        (torch.bfloat16, float("nan"), "error"),
+    ],
+)
+def test_how_far_the_canary_may_be(dtype, mean, outcome, capsys):
+    sync_proof._warn.cache_clear()
+    for _ in range(3):
+        if outcome == "error":
+            with pytest.raises(WeightSyncError, match="computes with others"):
+                check_canary(mean, 1.0, dtype)
+        else:
+            check_canary(mean, 1.0, dtype)
+    assert capsys.readouterr().out.count("\n") == (outcome == "warning")  # once
 
 
 def test_a_failed_run_is_one_line_and_exit_code_1(monkeypatch, capsys):

@@ -10,6 +10,7 @@ from benchmarks import on_paper
 from common.model import flops
 from common.model.flops import forward_flops
 from common.model.head import chunked_backward, frozen_hidden_states
+from common.model.lora import add_adapters, init_adapters
 from workflow import memory
 
 
@@ -41,6 +42,20 @@ def test_micro_batches_count_as_their_sequences(model):
     chunked_backward(model, input_ids, mask, loss, inputs={}, denominator=1.0, chunk_size=4)
     assert flops.take("policy") == 3 * forward_flops(model, lengths)
     assert flops.take("policy") == flops.take("teacher") == 0.0
+
+
+def test_an_update_of_adapters_counts_as_torch_counts_it(tokenizer):
+    """It leaves out the products of the factors with each other, too: addmm_ is none of its kinds.
+    Attention is as above, and backward computes it twice."""
+    model = tiny_model(tokenizer, attn_implementation="eager")
+    add_adapters(model, 4)
+    init_adapters(model, 0)
+    T, attention = 13, 4 * 2 * 4 * 8
+    with FlopCounterMode(display=False) as counter:
+        hidden = model.model(torch.arange(T)[None]).last_hidden_state
+        model.lm_head(hidden[:, 4:]).sum().backward()
+    expected = counter.get_total_flops() - 3 * attention * (T**2 - T * (T + 1) / 2)
+    assert flops.update_flops(model, [(5, 9)]) == expected
 
 
 def test_flops_on_paper_are_those_that_are_counted():

@@ -12,6 +12,7 @@ import grpo
 import opd
 from common.model.head import _add_product, head_backward
 from common.model.logprob import token_logprobs
+from common.run.ranks import combine
 from common.run.run import mean
 from common.sampling import batches as batches_module
 from common.sampling.batches import micro_batches, minibatches
@@ -134,6 +135,27 @@ def test_nothing_counts_as_clipped_where_the_ratio_is_one():
             random_logits(0), TOKENS, advantage * ones, ones, ones, None, None, grpo.Args()
         )
         assert metrics["policy/clip_fraction"] == 0
+
+
+def test_how_far_the_engine_is_from_the_trainer():
+    """By hand. The mean of the ratio would be 1 for any two distributions."""
+    old, engine = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -2.0, -2.9])
+    ones = torch.ones(3)
+    _, metrics = grpo.loss_fn(
+        random_logits(0)[:3], TOKENS[:3], ones, ones, engine, old, None, grpo.Args()
+    )
+    expected = {"engine_ratio_min": math.exp(-0.1), "engine_ratio_max": math.exp(0.5)}
+    expected |= {"engine_difference": 0.6}
+    expected["engine_kl"] = math.exp(0.5) - 1.5 + math.exp(-0.1) - 0.9
+    for name, value in expected.items():
+        assert metrics[f"policy/{name}"].item() == pytest.approx(value, rel=1e-5)
+
+
+def test_metrics_of_parts_and_of_updates():
+    """Sums and means, but for the least and the largest; a part without a token has none."""
+    parts = [{"n": 3.0, "r_min": 0.5, "r_max": 2.0}, {}, {"n": 5.0, "r_min": 0.7, "r_max": 3.0}]
+    assert combine(parts) == {"n": 8.0, "r_min": 0.5, "r_max": 3.0}
+    assert mean(parts) == {"n": 4.0, "r_min": 0.5, "r_max": 3.0}
 
 
 @pytest.mark.parametrize("norm", ["std", "none"])

@@ -186,5 +186,6 @@ def test_adapters_take_megabytes():
     adapters = 32 * 36 * (q_and_o + k_and_v + mlp)
     assert sizes["weights, float32"] == 4 * adapters
     assert sizes["AdamW's moments, float32"] == 8 * adapters
+    assert sizes["merged weight of a linear layer"] == (4 + 2) * 4096 * 12288
     assert sizes["frozen weights"] == 2 * memory.shape_of("Qwen/Qwen3-8B").params
     assert "frozen model" not in sizes

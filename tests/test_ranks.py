@@ -197,7 +197,7 @@ def test_each_rank_reads_its_part_of_several_files(tmp_path, tokenizer):
     folder = tmp_path / "model"
     model = tiny_model(tokenizer)
     weights = dict(whole_weights(model, torch.float32))
-    saving.save_model(model, weights, folder, torch.float32, shard_size="20KB")
+    saving.save_model(model, weights, folder, shard_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     assert torchrun(LOADED.replace("sys.argv[1]", repr(str(folder))), tmp_path) == "same\n"
 

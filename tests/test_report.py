@@ -210,6 +210,7 @@ def test_report_shows_routes_claims_and_conditions(study):
     assert (folder / "report.png").read_bytes()[:4] == b"\x89PNG"
     setting = results["setting"]  # of the stages, whoever writes the report
     assert (setting["machine"], setting["git_commit"]) == ("2 cores", "c0; c1; c2")
+    assert setting["weights"] == "float32 from stage to stage, computed with in float32"
 
 
 def test_a_finished_study_needs_no_model_between_its_stages(tmp_path):

@@ -11,11 +11,14 @@ import sys
 
 import forked
 import pytest
+import torch
 from safetensors.torch import load_file
-from test_model import OTHER_EOS, changed_copy
+from test_model import CPU, OTHER_EOS, changed_copy
 from transformers import AutoModelForCausalLM
 
 from common.model.flops import forward_flops
+from common.model.load import load_model
+from common.model.tokenizer import load_tokenizer
 from common.run.inputs import ROOT
 from common.run.log import symptoms
 from common.run.process import start
@@ -129,6 +132,32 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, script):
         for folder in (cut, tmp_path / "whole")
     ]
     assert timeless[0] == timeless[1]
+
+
+def test_a_stage_begins_at_the_weights_that_the_one_before_it_has_trained(tmp_path):
+    """In bfloat16 at a rate of 1e-6, which moves no weight by half a unit of bfloat16: a final/ in
+    that type would be the base again."""
+    base, names = tmp_path / "base", ("one", "two")
+    load_model("toy/student", "bfloat16", CPU).save_pretrained(base)
+    load_tokenizer("toy/student").save_pretrained(base)
+    flags = [*SMALL[:4], "--dtype", "bfloat16", "--learning_rate", "1e-6", "--warmup_steps", "0"]
+    flags += ["--num_steps", "2", "--checkpoint_every", "1"]
+    for name, model in zip(names, (base, tmp_path / "one" / "final"), strict=True):
+        done = run("fkl_warmup", *flags, "--model", model, "--output_dir", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    shard = "shard-00001-model-00001-of-00001.safetensors"
+    masters = load_file(tmp_path / "one" / "checkpoints" / "step_2" / shard)
+    first = load_file(tmp_path / "two" / "checkpoints" / "step_1" / shard)
+    before = load_file(base / "model.safetensors")
+    final = load_file(tmp_path / "one" / "final" / "model.safetensors")
+    assert final.keys() == before.keys()
+    for name in final:
+        assert final[name].equal(masters[name]), name
+        assert not final[name].equal(before[name].float()), name
+        step = (first[name] - masters[name]).abs().max()  # AdamW's first moves by the rate
+        assert 0.9e-6 < step < 1.1e-6, name
+    rounded = sum((final[name].bfloat16() != before[name]).sum() for name in final)
+    assert rounded < 0.02 * sum(map(torch.numel, final.values()))
 
 
 def test_a_run_that_has_had_no_gradient_yet_is_resumed(tmp_path):

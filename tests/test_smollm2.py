@@ -70,7 +70,8 @@ def grpo(request, data, tmp_path_factory):
 def test_grpo(grpo, data):
     _, folder, rows = grpo
     for row in rows:
-        assert row["policy/engine_ratio"] == pytest.approx(1.0, abs=0.02)
+        assert abs(row["policy/engine_kl"]) < 0.02
+        assert row["policy/engine_difference"] < 0.1
         assert 0.1 < row["policy/entropy"] < 2.0  # nats a token, of a model that speaks
         assert row["rollout/timeout"] == row["rollout/crash"] == 0
     assert rows[0]["policy/kl_ref"] < 0.01  # the reference is in bfloat16

@@ -5,7 +5,8 @@ compute type (4 or 2), T tokens of a micro-batch, D hidden, V vocabulary:
 
     weights, gradients, optimizer    4 P / R, 4 P / R, 8 P / R; in host memory with --cpu_offload
     frozen models                    c P / R each
-    LoRA                             c P / R frozen; the first line for the adapters alone
+    LoRA                             c P / R frozen; the first line for the adapters alone; one
+                                     linear layer's sum, in float32 and rounded, at a time
     gathered                         two layers and embedding and head at a time, where sharded
     activations                      of one layer and every layer's input with checkpointing, or all
     head                             a compute copy, its float32 gradient, and a chunk of logits
@@ -204,8 +205,11 @@ def plan(
         gathered = max(c * (2 * s.layer + s.rest) for s in (trained, *frozen))
         items.append(Item("gathered layers, embedding, head", gathered, phase="update"))
         largest = max(trained.layer, trained.vocab * trained.hidden)
-        gradients = (c + 4) * (args.lora_rank * trained.lora if args.lora_rank else largest)
+        gradients = 8 * args.lora_rank * trained.lora if args.lora_rank else (c + 4) * largest
         items.append(Item("gradients of a gathered layer", gradients, phase="update"))
+    if args.lora_rank:
+        merged = (4 + c) * trained.hidden * trained.inner
+        items.append(Item("merged weight of a linear layer", merged, phase="update"))
     length = args.max_prompt_tokens + args.max_new_tokens
     tokens = max(length, args.micro_batch_tokens)
     per_layer = trained.activations(c)
@@ -230,7 +234,8 @@ def plan(
         prompts = min(max(1, 512 // args.group_size), -(-args.prompts_per_step // ranks))
         rows = prompts * args.group_size
         cache = 1.5 * rows * length * sampled.layers * sampled.kv * c  # it grows by half
-        gathered = c * sampled.params if sharded else 0
+        copies = sharded + (args.lora_rank > 0 and sampled is trained)  # gathered, merged
+        gathered = copies * c * sampled.params
         items.append(Item("sampling: model and cache", gathered + cache, phase="sampling"))
     if gpu_memory:
         items.append(Item("CUDA context and fragmentation (allowance)", FIXED))

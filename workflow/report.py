@@ -212,9 +212,11 @@ interval at the level that Holm's procedure gives it; p: two-sided t-test of no 
 
 
 def setting_of(evaluations: list[Evaluation]) -> dict[str, str]:
-    """Machine, versions and commit of the evaluations: who writes the report may be elsewhere."""
+    """Machine, versions, commit and types of the evaluations: who writes the report may be
+    elsewhere."""
     configs = [read_json(e.stage.folder / "config.json") for e in evaluations]
-    settings = [config["environment"] for config in configs]
+    types = "float32 from stage to stage, computed with in "
+    settings = [config["environment"] | {"weights": types + config["dtype"]} for config in configs]
     return {key: "; ".join(sorted({one[key] for one in settings})) for key in settings[0]}
 
 

@@ -1,4 +1,5 @@
-"""The distance of a student's next-token distributions from its teacher's, for the log."""
+"""The distance of a student's next-token distributions from its teacher's, and of a trainer's
+log-probs from its engine's, for the log."""
 
 import torch
 
@@ -23,4 +24,17 @@ def transfer_metrics(logp: torch.Tensor, logq: torch.Tensor) -> dict[str, torch.
         "policy/reverse_kl": torch.linalg.vecdot(p, log_ratio).sum(),
         "policy/forward_kl": -torch.linalg.vecdot(q, log_ratio).sum(),
         "policy/topk_overlap": shared.float().mean(-1).sum(),
+    }
+
+
+def engine_metrics(trainer: torch.Tensor, engine: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sums over C sampled tokens of what tells an engine that computes as the trainer does, and the
+    extremes of the ratio: both log-probs [C]. (The mean of the ratio is 1 for any two.)"""
+    gap = trainer - engine
+    ratio = gap.exp()
+    return {
+        "policy/engine_difference": gap.abs().sum(),
+        "policy/engine_kl": (ratio - gap - 1).sum(),
+        "policy/engine_ratio_min": ratio.min(),
+        "policy/engine_ratio_max": ratio.max(),
     }

@@ -1,11 +1,14 @@
 """FLOPs of matrix products (2 a multiply-add), counted where they are spent: in sampling, forward
-and backward. What checkpointed activations compute again is left out.
+and backward. What checkpointed activations compute again is left out, and the products of LoRA's
+factors with each other: both depend on micro-batches, and nothing else here does.
 """
 
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
+
+from common.model.lora import layers_of
 
 # Of this rank, since the last `take`: those of the trained model and its reference, and those of
 # the frozen teacher.
@@ -41,26 +44,25 @@ def role_of(model) -> str:
 def update_flops(model, lengths: Iterable[tuple[int, int]]) -> float:
     """Return the FLOPs of a forward pass and its backward, which counts as two more: one for the
     gradients of what goes in, and one for those of weights, if they are trained."""
-    frozen = forward_flops(model, lengths, frozen_only=True)
-    return 3 * forward_flops(model, lengths) - frozen
+    return 2 * forward_flops(model, lengths) + forward_flops(model, lengths, trained_only=True)
 
 
 def forward_flops(
-    model, lengths: Iterable[tuple[int, int]], shared: int = 1, frozen_only: bool = False
+    model, lengths: Iterable[tuple[int, int]], shared: int = 1, trained_only: bool = False
 ) -> float:
     """Return the FLOPs of a dense model over sequences of so many prompt and completion tokens.
 
     The head counts at the tokens that predict a completion token, attention at pairs of a query and
-    a key that it may see. shared: so many completions have their prompt computed once. frozen_only:
-    products with frozen weights, without attention.
+    a key that it may see. shared: so many completions have their prompt computed once.
+    trained_only: leave out frozen weights; adapters, which backward alone multiplies by, twice.
     """
     config, head = model.config, model.get_output_embeddings()
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    counted = {p for m in linear for p in m.parameters() if p.dim() == 2}
-    counted = {p for p in counted if not (frozen_only and p.requires_grad)}
-    body = sum(p.numel() for p in counted if p is not head.weight)
-    width = config.num_attention_heads * head_size(config)
-    pair = 0 if frozen_only else 4 * config.num_hidden_layers * width
+    weights = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+    counted = {w for w in weights if w.requires_grad or not trained_only}
+    body = sum(w.numel() for w in counted if w is not head.weight)
+    if trained_only:
+        body += sum(2 * (m.lora_A.numel() + m.lora_B.numel()) for m in layers_of(model).values())
+    pair = 4 * config.num_hidden_layers * config.num_attention_heads * head_size(config)
     flops = 0.0
     for prompt, completion in lengths:
         length = prompt + completion - 1

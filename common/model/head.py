@@ -11,6 +11,7 @@ import torch
 from common.model import flops
 from common.model.logprob import row_slices, token_logprobs
 from common.model.shard import full_weight, is_sharded
+from common.run.ranks import combine
 
 Loss = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -82,9 +83,10 @@ def head_backward(
 
     The head multiplies a chunk of hidden states [C, D]. `loss_fn(logits, **inputs)` is called on
     slices of its rows that fit a processor's cache, with the same slice of each input [N, ...]; it
-    returns the *sum* of the loss over these tokens and metrics that are such sums too, so that
-    nothing depends on the sizes. teacher: hidden states [N, D'] and a head [V', D'] whose logits
-    loss_fn gets as `teacher_logits`. Returns the summed metrics, and the summed loss as "loss".
+    returns the *sum* of the loss over these tokens and metrics that are such sums too (named _min
+    or _max: the least, the largest), so that nothing depends on the sizes. teacher: hidden states
+    [N, D'] and a head [V', D'] whose logits loss_fn gets as `teacher_logits`. Returns the metrics
+    of all tokens, and the summed loss as "loss".
 
     Memory beyond the body's: one chunk's logits, over which their gradient is written, the hidden
     gradient [N, D], and the head's .grad, which is added to in place (a fresh [V, D] for each chunk
@@ -103,7 +105,7 @@ def head_backward(
     buffers = [leaf.new_empty(size, len(compute_weight))]  # every chunk's logits in turn
     if teacher:
         buffers.append(teacher[0].new_empty(size, len(teacher[1])))
-    sums: dict[str, torch.Tensor] = {}
+    parts: list[dict[str, torch.Tensor]] = []
     for first in range(0, len(hidden), chunk_size):
         chunk = slice(first, first + chunk_size)
         of_chunk = {name: None if v is None else v[chunk] for name, v in inputs.items()}
@@ -116,8 +118,7 @@ def head_backward(
             loss_sum, metrics = loss_fn(part, **of_rows)
             (gradient,) = torch.autograd.grad(loss_sum / denominator, part)
             logits[rows] = gradient
-            for name, value in {"loss": loss_sum.detach(), **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + value.double()
+            parts.append({"loss": loss_sum.detach(), **metrics})
             del part, gradient, loss_sum, metrics  # else they would stand beside the next ones
         hidden_grad[chunk] = logits @ compute_weight
         if trained:
@@ -125,8 +126,11 @@ def head_backward(
     if trained and sharded:
         _add_shard(weight, total)
     hidden.backward(hidden_grad)
+    if not parts:
+        return {}
     # Read once: to read a number of a GPU waits for all that it was given to do.
-    return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True)) if sums else {}
+    rows = torch.stack([torch.stack([*part.values()]).double() for part in parts]).tolist()
+    return combine([dict(zip(parts[0], row, strict=True)) for row in rows])
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:

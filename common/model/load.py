@@ -144,7 +144,8 @@ def _load_sharded(name: str, args, device: torch.device, trainable: bool, lora_r
         model.requires_grad_(trainable)
     model.eval()
     _recompute_activations(model, args)
-    shard(model, args.dtype, args.cpu_offload, device)
+    # Adapters are gathered in float32: bfloat16 would round their updates away.
+    shard(model, None if lora_rank else DTYPES[args.dtype], args.cpu_offload, device)
     model.to_empty(device="cpu" if args.cpu_offload else device)
     read_shards(model, find(name))
     if lora_rank:

@@ -1,9 +1,10 @@
 """LoRA (arXiv 2106.09685): small trained matrices beside frozen ones, and their sums.
 
-A linear layer with weight W [out, in] computes x W^T + (alpha / R) (x A^T) B^T, with A [R, in] and
-B [out, R] in float32, and alpha 32. W stays as it was loaded, to the bit: engines and files get
-W + (alpha / R) B A, made in float32 and rounded once, and nothing is ever written back. B begins at
-0, so that the adapted model begins as the base.
+A linear layer multiplies by W + (alpha / R) B A, with W [out, in] in the compute type, A [R, in]
+and B [out, R] in float32, and alpha 32. The sum is made in float32 and rounded once, and the same
+sum is trained, sampled from and saved. (x W^T + (alpha / R) (x A^T) B^T, the usual way, trains a
+policy that bfloat16 weights cannot hold.) Updates add up in A and B until they show. W stays as it
+was loaded, to the bit. B begins at 0, so that the adapted model begins as the base.
 """
 
 import contextlib
@@ -27,23 +28,46 @@ class LoRALinear(nn.Linear):
         nn.Module.__init__(self)  # nothing is allocated: the weight is the given layer's
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.scale, self.adapted = ALPHA / rank, True
+        self.scale, self.adapted, self.held = ALPHA / rank, True, None
         place = {"dtype": torch.float32, "device": linear.weight.device}
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **place))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, **place))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = super().forward(x)
         if not self.adapted:
-            return out
-        inner = F.linear(x, self.lora_A.to(x.dtype))
-        return out + self.scale * F.linear(inner, self.lora_B.to(x.dtype))
+            return super().forward(x)
+        if self.held is not None:
+            return F.linear(x, self.held, self.bias)
+        return _Merged.apply(x, self.weight, self.lora_A, self.lora_B, self.scale, self.bias)
 
     def merged(self, dtype: torch.dtype) -> torch.Tensor:
         """Return W + (alpha / R) B A, whole."""
         parameters = (self.weight, self.lora_A, self.lora_B)
-        weight, a, b = (full_weight(parameter, torch.float32) for parameter in parameters)
-        return torch.addmm(weight, b, a, alpha=self.scale).to(dtype)
+        return _merge(*(full_weight(parameter) for parameter in parameters), self.scale, dtype)
+
+
+def _merge(weight, a, b, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    return weight.to(torch.float32, copy=True).addmm_(b, a, alpha=scale).to(dtype)
+
+
+class _Merged(torch.autograd.Function):
+    """A linear layer of the rounded sum, with the gradients of factors whose sum is not rounded.
+    Backward makes the sum again: kept, those of all layers would be a second model."""
+
+    @staticmethod
+    def forward(ctx, x, weight, a, b, scale, bias):
+        ctx.save_for_backward(x, weight, a, b)
+        ctx.scale = scale
+        return F.linear(x, _merge(weight, a, b, scale, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, a, b = ctx.saved_tensors
+        grad_x = grad @ _merge(weight, a, b, ctx.scale, x.dtype)
+        x, grad = x.flatten(0, -2), grad.flatten(0, -2)
+        grad_a = (grad @ b.to(x.dtype)).T @ x
+        grad_b = grad.T @ (x @ a.to(x.dtype).T)
+        return grad_x, None, ctx.scale * grad_a.float(), ctx.scale * grad_b.float(), None, None
 
 
 def layers_of(model) -> dict[str, LoRALinear]:
@@ -97,6 +121,19 @@ class AdaptersOff:
 
 
 # === what is sampled from, and saved ===
+
+
+@contextlib.contextmanager
+def merged_weights(model) -> Iterator[None]:
+    """Hold each layer's sum for many forward passes without gradient, as sampling makes them."""
+    layers = layers_of(model).values()
+    for layer in layers:
+        layer.held = layer.merged(layer.weight.dtype)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.held = None
 
 
 def weight_names(model) -> list[str]:

@@ -7,34 +7,31 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from common.model.load import load_pretrained
 from common.model.lora import ALPHA, layers_of, whole_weights
 from common.model.shard import ADAPTERS, full_weight
 from common.run.folder import replace_folder, writing
 from common.run.ranks import on_first_rank, rank
 
 
-def file_dtype(name: str) -> torch.dtype:
-    """Return the type of a model's files; bfloat16 too where they are in float16."""
-    dtype = load_pretrained("AutoConfig", name).dtype
-    return torch.float32 if dtype in (None, torch.float32) else torch.bfloat16
-
-
-def save_final(model, tokenizer, folder: Path, dtype: torch.dtype) -> None:
+def save_final(model, tokenizer, folder: Path) -> None:
     """Save model and tokenizer as `folder`, whole or not at all; adapters merged, and alone in
     folder/adapter too. All ranks call it: a sharded model is gathered parameter by parameter, into
-    the first rank's host memory."""
+    the first rank's host memory.
+
+    In float32, the trained weights themselves: bfloat16 would drop what a stage has added up below
+    half a unit of it, which at a rate of 1e-6 is all of some 30 steps.
+    """
     temporary = folder.with_name(folder.name + ".tmp")
     on_first_rank(lambda: shutil.rmtree(temporary, ignore_errors=True))
     with writing(folder):
-        weights = gather_weights(whole_weights(model, dtype))
+        weights = gather_weights(whole_weights(model, torch.float32))
         adapters = gather_weights(
             (f"base_model.model.{name}.{kind}.weight", full_weight(getattr(layer, kind), None))
             for name, layer in layers_of(model).items()
             for kind in ADAPTERS
         )
         if rank() == 0:
-            save_model(model, weights, temporary, dtype)
+            save_model(model, weights, temporary)
             tokenizer.save_pretrained(temporary)
             if adapters:
                 save_adapters(model, adapters, temporary / "adapter")
@@ -46,13 +43,11 @@ def gather_weights(weights) -> dict[str, torch.Tensor]:
     return {name: weight.cpu().contiguous() for name, weight in weights if rank() == 0}
 
 
-def save_model(
-    model, weights: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype, shard_size="4GB"
-) -> None:
-    """Save weights of type `dtype` with the model's configs, in files of at most `shard_size`."""
+def save_model(model, weights: dict[str, torch.Tensor], folder: Path, shard_size="4GB") -> None:
+    """Save float32 weights with the model's configs, in files of at most `shard_size`."""
     loaded_as = model.config.dtype
     model.save_pretrained(folder, state_dict=weights, max_shard_size=shard_size)
-    model.config.dtype = dtype  # save_pretrained has written the type that the model trains in
+    model.config.dtype = torch.float32  # save_pretrained has written that of frozen weights
     model.config.save_pretrained(folder)
     model.config.dtype = loaded_as
 

@@ -33,14 +33,14 @@ def device_of(model) -> torch.device:
 # === shard ===
 
 
-def shard(model, dtype: str, cpu_offload: bool, device: torch.device) -> None:
+def shard(model, dtype: torch.dtype | None, cpu_offload: bool, device: torch.device) -> None:
     """Shard by FSDP2: a group of parameters for each decoder layer, and one for the rest, where
-    embedding and head are, which may be tied. They are gathered as `dtype`, gradients summed in
-    float32."""
+    embedding and head are, which may be tied. They are gathered as `dtype` (None: each as its
+    own), gradients summed in float32."""
     from torch.distributed import fsdp
 
     options = {"mesh": init_device_mesh(device.type, (num_ranks(),)), "reshard_after_forward": True}
-    options |= {"mp_policy": fsdp.MixedPrecisionPolicy(DTYPES[dtype], torch.float32)}
+    options |= {"mp_policy": fsdp.MixedPrecisionPolicy(dtype, torch.float32)}
     if cpu_offload:
         options |= {"offload_policy": fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda")}
     for module in (*model.get_decoder().layers, model):

@@ -6,7 +6,6 @@ Without torchrun there is one rank, and everything here returns at once.
 import datetime
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -74,12 +73,15 @@ def max_over_ranks(value: int) -> int:
     return int(largest)
 
 
-def sum_dicts_over_ranks(sums: dict[str, float]) -> dict[str, float]:
-    """Sum key by key; a rank without work has no keys."""
-    total: Counter = Counter()
-    for of_rank in gather([sums]):
-        total.update(of_rank)
-    return dict(total)
+def combine(parts: list[dict[str, float]], fold: Callable = sum) -> dict[str, float]:
+    """Fold metrics key by key, over the parts that have it. Names in _min and _max keep the least
+    and the largest, whatever `fold` does with the others."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    folds = {"_min": min, "_max": max}
+    return {
+        name: folds.get(name[-4:], fold)([part[name] for part in parts if name in part])
+        for name in names
+    }
 
 
 def gather(items: list) -> list:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +13,22 @@ import torch
 from tqdm import tqdm
 
 from common.model import flops
-from common.model.save import file_dtype, save_final
+from common.model.save import save_final
 from common.run import checkpoint
 from common.run.errors import RunFailure, check, one_line
 from common.run.folder import claim_folder, lock_folder, write_json, write_jsonl, writing
 from common.run.inputs import inputs_of
 from common.run.log import Log, check_track
 from common.run.process import STOP, Stopped
-from common.run.ranks import gather, max_over_ranks, num_ranks, on_first_rank, rank, sum_over_ranks
+from common.run.ranks import (
+    combine,
+    gather,
+    max_over_ranks,
+    num_ranks,
+    on_first_rank,
+    rank,
+    sum_over_ranks,
+)
 
 WATCHED = ("rollout/reward", "rollout/length", "loss/total")  # the progress bar shows these
 
@@ -65,9 +74,7 @@ def learning_rate_at(step: int, args) -> float:
 
 def mean(updates: list[dict[str, float]]) -> dict[str, float]:
     """Return the mean of each metric over the optimizer steps that have it."""
-    names = dict.fromkeys(name for update in updates for name in update)
-    values = {name: [update[name] for update in updates if name in update] for name in names}
-    return {name: sum(listed) / len(listed) for name, listed in values.items()}
+    return combine(updates, statistics.fmean)
 
 
 def _gpu_memory() -> dict[str, float]:
@@ -253,14 +260,13 @@ class Run:
     # --- the end ---
 
     def finish(self, tokenizer) -> None:
-        """Save the final model in the type of its files; then, last of all, the manifest."""
-        dtype = file_dtype(self.args.model)
-        save_final(self.model, tokenizer, self.folder / "final", dtype)
+        """Save the final model; then, last of all, the manifest."""
+        save_final(self.model, tokenizer, self.folder / "final")
         with writing(self.folder):
             on_first_rank(self._write_manifest)
         print(
             f"finished {self.folder}: {self.progress.step} steps in {self.progress.seconds:.0f} s; "
-            f"final/ is in {str(dtype).removeprefix('torch.')}"
+            "final/ is in float32"
         )
 
     def _write_manifest(self) -> None:

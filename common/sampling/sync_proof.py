@@ -1,18 +1,21 @@
 """Proof that an engine holds the trained weights and computes with them: else an engine that keeps
 old weights samples from another policy, and no other sign shows it."""
 
+from functools import cache
+
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from common.model.head import head_logprobs, hidden_states
 from common.model.lora import weight_names, whole_weight
 from common.model.shard import device_of
 from common.run.errors import RunFailure
 from common.run.ranks import gather
+from common.sampling.batches import micro_batch
+from common.sampling.rollout import Rollout
 
 # Limits of the mean |log-prob difference|. bfloat16 rounds a logit of 16 to 32 by up to 0.06, on
-# both sides: a healthy SmolLM2-135M was seen at 0.04.
-CANARY_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+# both sides: a healthy model may pass 0.1, which is worth a warning.
+CANARY_LIMIT, CANARY_WARNING = {torch.float32: 1e-3, torch.bfloat16: 0.5}, 0.1
 
 
 class WeightSyncError(RunFailure):
@@ -31,7 +34,8 @@ def check_fresh(stale: list[str]) -> None:
 
 
 def check_canary(mean: float, largest: float, dtype: torch.dtype) -> None:
-    """Raise WeightSyncError if the engine's log-probs are too far from the trainer's."""
+    """Raise WeightSyncError if the engine's log-probs are too far from the trainer's; warn if they
+    are farther than usual."""
     limit = CANARY_LIMIT[dtype]
     if not mean <= limit:  # NaN too
         raise WeightSyncError(
@@ -39,17 +43,26 @@ def check_canary(mean: float, largest: float, dtype: torch.dtype) -> None:
             f"differ from the trainer's by {mean:.2g} in the mean (limit {limit:g}) and by "
             f"{largest:.2g} at most; try --enforce_eager, or --backend torch"
         )
+    if mean > CANARY_WARNING:
+        _warn()
+
+
+@cache
+def _warn() -> None:
+    """Print the warning once: sync/canary_mean has every sync's number."""
+    print(
+        f"warning: vLLM's log-probs differ from the trainer's by more than {CANARY_WARNING} in the "
+        "mean; watch sync/canary_mean and grpo.py's policy/engine_kl (--importance_cap corrects it)"
+    )
 
 
 @torch.no_grad()
-def trainer_logprobs(model, sequences: list[list[int]]) -> torch.Tensor:
-    """Return the trainer's log-probs, at temperature 1, of every token but the first of each
-    sequence, concatenated: float32, on the CPU."""
-    ids = pad_sequence([torch.tensor(s) for s in sequences], batch_first=True).to(device_of(model))
-    lengths = torch.tensor([len(sequence) for sequence in sequences], device=ids.device)
-    mask = torch.arange(ids.shape[1] - 1, device=ids.device) < lengths[:, None] - 1
-    hidden = hidden_states(model, ids[:, :-1], mask)
-    return head_logprobs(hidden, model, ids[:, 1:][mask], 1.0, 1024).cpu()
+def logprob_differences(model, rollouts: list[Rollout]) -> torch.Tensor:
+    """Return |trainer's - engine's log-prob| of every token that was sampled, at temperature 1."""
+    batch = micro_batch(rollouts, device_of(model))
+    hidden = hidden_states(model, batch.input_ids, batch.mask)
+    logprobs = head_logprobs(hidden, model, batch.tokens, 1.0, 1024)
+    return (logprobs - batch.per_token("logprobs")).abs()
 
 
 def stale_parameters(engine, model, dtype: torch.dtype) -> tuple[list[str], int]:

@@ -7,6 +7,7 @@ import torch
 
 from common.model.flops import head_size
 from common.model.logprob import likeliest, row_slices
+from common.model.lora import merged_weights
 from common.model.shard import device_of, gathered
 from common.model.tokenizer import end_ids
 from common.sampling.rollout import Rollout, text_of
@@ -129,7 +130,7 @@ class TorchEngine:
             length = max(map(len, prompts), default=0) + max_new_tokens
             rows = min(rows, rows_that_fit(self.model.config, length, self.dtype.itemsize, free))
         per_batch = max(1, rows // group_size)
-        with torch.no_grad(), gathered(self.model):
+        with torch.no_grad(), gathered(self.model), merged_weights(self.model):
             for start in range(0, len(prompts), per_batch):
                 batch = slice(start, start + per_batch)
                 keys = [(*seed, g) for seed in seeds[batch] for g in range(group_size)]

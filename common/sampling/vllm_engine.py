@@ -21,8 +21,8 @@ from common.sampling.sync_proof import (
     WeightSyncError,
     check_canary,
     check_fresh,
+    logprob_differences,
     stale_parameters,
-    trainer_logprobs,
 )
 
 BATCHED_TOKENS = 8192  # tokens of a forward pass, or one whole sequence if it is longer
@@ -177,16 +177,11 @@ class VLLMEngine:
 
     def canary_difference(self) -> tuple[float, float]:
         """Return the mean and the largest |difference| of the engine's and the trainer's log-probs
-        at temperature 1, over the canary's prompts and eight sampled tokens of each: of prefill and
-        of decoding. Of several ranks the worst."""
-        settings = {"temperature": 1.0, "seed": 0, "max_tokens": 8, "prompt_logprobs": 0}
-        outputs = self._run(self.canary, [settings] * len(self.canary))
-        sequences, logprobs = [], []
-        for ids, output in zip(self.canary, outputs, strict=True):
-            sample = output.outputs[0]
-            sequences.append(ids + list(sample.token_ids))
-            logprobs += output.prompt_logprobs.logprobs + sample.logprobs.logprobs
-        difference = (trainer_logprobs(self.model, sequences) - torch.tensor(logprobs)).abs()
+        at temperature 1, over eight sampled tokens of each of the canary's prompts (whose own
+        tokens may be unlikely, and such log-probs far apart). Of several ranks the worst."""
+        seeds = [(0, number) for number in range(len(self.canary))]
+        sampled = self.generate(self.canary, 1, seeds=seeds, max_new_tokens=8, temperature=1.0)
+        difference = logprob_differences(self.model, sampled)
         of_ranks = gather([(difference.mean().item(), difference.max().item())])
         return max(mean for mean, _ in of_ranks), max(largest for _, largest in of_ranks)
 
