@@ -149,7 +149,7 @@ from common.model.load import load_for_training, load_model
 from common.model.lora import AdaptersOff, trained_parameters
 from common.model.save import save_final
 from common.model.tokenizer import load_tokenizer
-from common.run.ranks import join_ranks, rank
+from common.run.ranks import gather, join_ranks, rank
 from common.sampling.torch_engine import TorchEngine
 
 args = grpo.Args(model="toy/student", dtype="bfloat16", lora_rank=8, **FLAGS)
@@ -173,6 +173,7 @@ for step in range(20):
     optimizer.step()
     optimizer.zero_grad()
 save_final(model, tokenizer, Path("FINAL"))
+gather([])  # the first rank has written it
 anew, base = (load_model(name, args.dtype, device) for name in ("FINAL", args.model))
 assert torch.equal(scored(model), scored(anew))
 assert all(map(torch.equal, sampled(model), sampled(anew)))

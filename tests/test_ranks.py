@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.model import save as saving
-from common.model.lora import whole_weights
 from common.run.inputs import ROOT
 
 pytestmark = pytest.mark.slow
@@ -196,8 +195,7 @@ def test_each_rank_reads_its_part_of_several_files(tmp_path, tokenizer):
     """Sizes that do not divide by two; nothing whole in memory."""
     folder = tmp_path / "model"
     model = tiny_model(tokenizer)
-    weights = dict(whole_weights(model, torch.float32))
-    saving.save_model(model, weights, folder, shard_size="20KB")
+    saving.save_model(model, folder, file_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     assert torchrun(LOADED.replace("sys.argv[1]", repr(str(folder))), tmp_path) == "same\n"
 

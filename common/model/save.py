@@ -1,22 +1,23 @@
 """The final model on disk, as transformers, vLLM and peft read it."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
-from common.model.lora import ALPHA, layers_of, whole_weights
+from common.model.lora import ALPHA, layers_of, weight_names, whole_weight
 from common.model.shard import ADAPTERS, full_weight
-from common.run.folder import replace_folder, writing
+from common.run.folder import replace_folder, write_json, writing
 from common.run.ranks import on_first_rank, rank
 
 
 def save_final(model, tokenizer, folder: Path) -> None:
     """Save model and tokenizer as `folder`, whole or not at all; adapters merged, and alone in
-    folder/adapter too. All ranks call it: a sharded model is gathered parameter by parameter, into
-    the first rank's host memory.
+    folder/adapter too. All ranks call it.
 
     In float32, the trained weights themselves: bfloat16 would drop what a stage has added up below
     half a unit of it, which at a rate of 1e-6 is all of some 30 steps.
@@ -24,14 +25,13 @@ def save_final(model, tokenizer, folder: Path) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
     on_first_rank(lambda: shutil.rmtree(temporary, ignore_errors=True))
     with writing(folder):
-        weights = gather_weights(whole_weights(model, torch.float32))
+        save_model(model, temporary)
         adapters = gather_weights(
             (f"base_model.model.{name}.{kind}.weight", full_weight(getattr(layer, kind), None))
             for name, layer in layers_of(model).items()
             for kind in ADAPTERS
         )
         if rank() == 0:
-            save_model(model, weights, temporary)
             tokenizer.save_pretrained(temporary)
             if adapters:
                 save_adapters(model, adapters, temporary / "adapter")
@@ -43,13 +43,25 @@ def gather_weights(weights) -> dict[str, torch.Tensor]:
     return {name: weight.cpu().contiguous() for name, weight in weights if rank() == 0}
 
 
-def save_model(model, weights: dict[str, torch.Tensor], folder: Path, shard_size="4GB") -> None:
-    """Save float32 weights with the model's configs, in files of at most `shard_size`."""
-    loaded_as = model.config.dtype
-    model.save_pretrained(folder, state_dict=weights, max_shard_size=shard_size)
-    model.config.dtype = torch.float32  # save_pretrained has written that of frozen weights
-    model.config.save_pretrained(folder)
-    model.config.dtype = loaded_as
+def save_model(model, folder: Path, file_size="4GB") -> None:
+    """Save the weights in float32, and the model's configs. A sharded model is gathered file by
+    file, each of at most `file_size`, in the first rank's host memory."""
+    shapes = {name: model.get_parameter(name).shape for name in weight_names(model)}
+    empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    files = split_torch_state_dict_into_shards(empty, max_shard_size=file_size)
+    for file, in_file in files.filename_to_tensors.items():
+        weights = gather_weights((n, whole_weight(model, n, torch.float32)) for n in in_file)
+        if rank() == 0:
+            folder.mkdir(exist_ok=True)
+            save_file(weights, folder / file, {"format": "pt"})
+    if rank() == 0:
+        if files.is_sharded:
+            index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
+            write_json(folder / "model.safetensors.index.json", index)
+        config = copy.deepcopy(model.config)
+        config.dtype = torch.float32  # frozen weights may be loaded in another
+        config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
 
 
 def save_adapters(model, adapters: dict[str, torch.Tensor], folder: Path) -> None:
