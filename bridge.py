@@ -88,7 +88,7 @@ class Args:
     """one_gpu_day, eight_gpu_day, or a JSON file: settings laid over the paper's, or the toy's
     (workflow/presets.py)"""
     quick: bool = False
-    """every stage for real and small, in minutes; at its end, how long the whole would take"""
+    """every stage for real and small; at its end, how long the whole would take"""
     num_steps: Annotated[int | None, POSITIVE] = None
     """instead of the preset's, in every training stage (as the next five)"""
     prompts_per_step: Annotated[int | None, POSITIVE] = None
@@ -143,7 +143,8 @@ def main(args: Args) -> None:
         print("\n".join(details))
         print_plan(stages, preset)
         print_budget(stages)
-        show_hours(args, machine, stages)
+        if not problems:
+            show_hours(args, machine, stages)
         print("".join(f"\nthis would not run: {problem}" for problem in problems))
         return
     began = time.perf_counter()

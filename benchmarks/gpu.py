@@ -42,7 +42,7 @@ SHOWN = ("time/", "sync/", "memory/", "policy/", "rollout/length")  # of a run's
 class Args:
     tiny: bool = False
     """tiny models and sizes: to see that the script works"""
-    minutes: float = 20.0
+    minutes: float = 60.0
     """time limit of each measurement"""
     output: str = "gpu_report.md"
     """where the report goes, besides the terminal"""
@@ -84,8 +84,9 @@ def make(size: str, folder: str) -> None:
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
         config = Qwen3Config(vocab_size=151_936 // 64, tie_word_embeddings=True, **sizes)
     torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)  # float32 would be twice as much
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen3ForCausalLM(config).to(torch.bfloat16)
+        model = Qwen3ForCausalLM(config)
     model.save_pretrained(folder)
     load_tokenizer("toy/teacher").save_pretrained(folder)
 
@@ -138,16 +139,23 @@ def plan_of(job: Job, facts: Facts) -> memory.Plan | None:
     args = importlib.import_module(job.module).Args(**job.flags)
     trained, is_grpo = memory.shape_of(args.model), job.module == "grpo"
     frozen = [trained] * (not args.lora_rank) if is_grpo else [memory.shape_of(args.teacher)]
-    gpu = facts.memory if facts.usable else None
+    gpu = gpu_memory(facts)
     return memory.plan(args, trained, frozen, trained, job.ranks, gpu, loss_is_fused=is_grpo)
+
+
+def gpu_memory(facts: Facts) -> float | None:
+    """Return the bytes of the smallest GPU; None where torch can use none."""
+    if not facts.usable:
+        return None
+    return facts.memory or torch.cuda.get_device_properties(0).total_memory
 
 
 def _with_share(job: Job, facts: Facts) -> Job:
     """Give a trainer's vLLM what its update leaves of the GPU, as bridge.py does."""
-    plan = plan_of(job, facts)
-    if plan is None or not facts.usable:
+    plan, memory_there = plan_of(job, facts), gpu_memory(facts)
+    if plan is None or memory_there is None:
         return job
-    share = min(0.85, 0.9 - plan.peak("always") / facts.memory)
+    share = min(0.85, 0.9 - plan.peak("always") / memory_there)
     return replace(job, flags=job.flags | {"vllm_gpu_memory": round(max(0.05, share), 2)})
 
 
@@ -159,7 +167,7 @@ def run(job: Job, minutes: float, facts: Facts) -> str:
     plan, planned = plan_of(job, facts), ""
     if plan and facts.usable:
         planned = f"planned: {plan.peak('update') / GB:.1f} GB in the update\n\n"
-        if plan.device > 0.95 * facts.memory:
+        if plan.device > 0.95 * gpu_memory(facts):
             return f"## {job.title}\n\nskipped: it needs {plan.device / GB:.0f} GB\n"
     try:
         if job.is_killed:
@@ -241,11 +249,13 @@ def main(args: Args) -> None:
         root = Path(folder)
         for size in ("tiny",) if args.tiny else ("0.6B", "1.7B", "8B"):
             own = ["-m", "benchmarks.gpu", "--make", size, str(root / size)]
-            _run(own, args.minutes).check_returncode()
+            made = _run(own, args.minutes)
+            if made.returncode:
+                report.append(f"## Qwen3-{size}\n\nfailed to be made: {made.stderr[-300:]}\n")
         for job in jobs(args, root, facts):
             report.append(run(job, args.minutes, facts))
             print(report[-1], flush=True)
-    Path(args.output).write_text("\n".join(report), encoding="utf-8")
+            Path(args.output).write_text("\n".join(report), encoding="utf-8")
     failures = sum("failed" in section for section in report)
     print(f"{len(report) - 1} measurements, {failures} failed; report: {args.output}")
 

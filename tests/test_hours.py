@@ -48,11 +48,13 @@ def test_a_stage_takes_the_longer_of_its_bytes_and_its_flops():
     token = 2 * shape.layers * shape.kv
     at_once = (own.vllm_gpu_memory * 80e9 - 2 * shape.params) / (token * (256 + 2048))
     assert at_once < own.vllm_sequences
-    read = 4096 / at_once * 2 * shape.params + 4096 * token * (256 + 2048)
+    cache = 4096 * token * (256 + 2048)
+    read = 4096 / at_once * 2 * shape.params + cache
     expected = completions * (read / 3.35e12 + update / 989e12)
     assert seconds_of(stage, H100, machine_of(1)) == pytest.approx(expected, rel=1e-6)
-    eight = seconds_of(stage, H100, machine_of(8))
-    assert eight == pytest.approx(expected / 8, rel=1e-6)
+    read = 4096 / 128 * 2 * shape.params + cache  # of a step's 1,024 completions each has 128
+    expected = completions * (read / 3.35e12 + update / 989e12) / 8
+    assert seconds_of(stage, H100, machine_of(8)) == pytest.approx(expected, rel=1e-6)
     faster = seconds_of(stage, H100._replace(bandwidth=1e18), machine_of(1))
     sampling = forward_flops(model, sizes, 8)
     assert faster == pytest.approx(completions * (sampling + update) / 989e12, rel=1e-6)

@@ -106,6 +106,15 @@ def test_only_visible_gpus_count(monkeypatch, tmp_path):
     assert look().listed == ""
 
 
+def test_what_nvidia_smi_does_not_know_is_left_open(monkeypatch, tmp_path):
+    """A DGX Spark shares its memory with the processor; a slice of a GPU has no field at all."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    lists(monkeypatch, tmp_path, "[N/A], [N/A], 12.1, NVIDIA GB10, 580.95")
+    facts = look()
+    assert (facts.listed, facts.memory, facts.free) == ("NVIDIA GB10, 580.95", None, 1.0)
+    assert facts.capability == 12.1
+
+
 def test_a_broken_nvidia_smi_is_none(monkeypatch, tmp_path):
     """Without a driver it prints an explanation, and exits with 9."""
     lists(monkeypatch, tmp_path, "NVIDIA-SMI has failed because it could not reach the driver.")
@@ -129,7 +138,7 @@ def test_a_workflow_without_a_gpu_is_refused_before_its_plan(tmp_path, monkeypat
     own = QWEN | {"dry_run": False, "output_dir": str(tmp_path / "run")}
     with pytest.raises(UserError, match="Qwen/Qwen3-8B has 8.2B parameters, and torch sees no GPU"):
         bridge.main(bridge.Args(**own))
-    monkeypatch.setattr(fit, "look", lambda: Facts(listed="Tesla V100, 550.54"))
+    monkeypatch.setattr(preflight, "look", lambda: Facts(listed="Tesla V100, 550.54"))
     with pytest.raises(UserError, match="Qwen/Qwen3-8B has 8.2B"):
         bridge.main(bridge.Args(**own))
     assert "nvidia-smi lists Tesla V100, 550.54, which torch" in capsys.readouterr().out

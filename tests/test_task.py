@@ -15,6 +15,7 @@ from common.run.errors import RunFailure, UserError
 from common.tasks.task import Task, Verdict
 from common.tasks.worker import answering_part
 
+POWERS = r"100000000^{x}+9^{y}+z"  # a gold answer for which a bomb goes to the parser
 BOMBS = [r"\boxed{9^{9^{9^9}}}", r"\boxed{100000000!}"]
 GOOD = "def prompt(row): return row['text']\ndef grade(completion, row): return 1.0\n"
 
@@ -277,7 +278,7 @@ def test_hostile_answers_cost_their_own_deadline_only():
     completions, golds = [], []
     for i in range(20):
         completions += [BOMBS[i % 2], rf"\boxed{{\frac{{{2 * i + 1}}}{{2}}}}"]
-        golds += ["x+1", str(i + 0.5)]  # where the gold is a number, a bomb is wrong at once
+        golds += [POWERS, str(i + 0.5)]  # where the gold is a number, a bomb is wrong at once
     with Task(timeout_s=0.2) as task:
         verdicts = grade(task, completions, golds)
         pids = pids_of(task)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SEED, grade
-from test_task import BOMBS, assert_gone, pids_of
+from test_task import BOMBS, POWERS, assert_gone, pids_of
 
 from common.run.inputs import ROOT
 from common.sampling.rollout import Rollout
@@ -172,7 +172,7 @@ def test_a_megabyte_takes_seconds_at_most(text):
 def test_200_bombs_in_one_batch():
     with Task(timeout_s=0.2) as task:
         completions = [BOMBS[i % 2] for i in range(200)] + [r"\boxed{\frac12}"]
-        outcomes = [v.outcome for v in grade(task, completions, ["x+1"] * 200 + ["0.5"])]
+        outcomes = [v.outcome for v in grade(task, completions, [POWERS] * 200 + ["0.5"])]
     assert outcomes[-1] == "correct"
     assert set(outcomes[:-1]) <= {"timeout", "crash"}
 
@@ -210,7 +210,7 @@ def test_no_worker_outlives_a_process_that_ends(then):
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_no_worker_outlives_a_process_that_is_killed_while_grading(sent):
     """In mid-bomb: nobody is left to enforce the deadline but the worker's keeper."""
-    child, pids = start_holder(f"grade(task, [{BOMBS[0]!r}] * 50, ['x+1'] * 50)", timeout_s=60)
+    child, pids = start_holder(f"grade(task, [{BOMBS[0]!r}] * 50, [{POWERS!r}] * 50)", timeout_s=60)
     time.sleep(0.5)
     child.send_signal(sent)
     child.wait(timeout=30)
@@ -220,7 +220,7 @@ def test_no_worker_outlives_a_process_that_is_killed_while_grading(sent):
 def test_training_on_poisoned_completions_finishes(tmp_path):
     """fkl_warmup.py on given rollouts that are bombs, for golds that need the parser."""
     lines = (ROOT / "toy" / "train.jsonl").read_text().splitlines()[:8]
-    asked = [json.loads(line) | {"answer": "x+1"} for line in lines]
+    asked = [json.loads(line) | {"answer": POWERS} for line in lines]
     bombs = [bomb.replace(r"\boxed{", r"\boxed{x+") for bomb in BOMBS]
     given = [row | {"completion": bomb} for row in asked for bomb in bombs]
     for name, rows in (("asked", asked), ("given", given)):

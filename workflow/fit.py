@@ -51,7 +51,7 @@ def find_machine(args) -> Machine:
         facts = look()
         name = facts.listed
         usable = USABLE if gpu else min(USABLE, facts.free)
-        gpu = gpu or facts.memory
+        gpu = gpu or facts.memory or torch.cuda.get_device_properties(0).total_memory
     check(args.nnodes == 1 or args.master_addr, "--nnodes needs --master_addr of machine 0")
     below = args.node_rank < args.nnodes
     check(below, f"--node_rank {args.node_rank} is not below --nnodes {args.nnodes}")
@@ -73,7 +73,7 @@ def find_machine(args) -> Machine:
 
 def check_hardware(args, machine: Machine) -> None:
     """Refuse what would fail later, or take weeks, on the machine that is there."""
-    check_gpu(args.device, "float32", look())  # a stage knows its type
+    check_gpu(args.device, "float32")  # a stage knows its type
     for name in (args.teacher, args.student) if machine.gpu is None else ():
         shape = memory.shape_of(name)
         check_size(name, shape.params if shape else 0, args.device)

@@ -50,7 +50,12 @@ def seconds_of(stage: Stage, gpu: Gpu, machine: Machine) -> float:
     of_token = 2 * shape.layers * shape.kv  # bytes of its keys and values
     context = prompt + length / 2  # on average
     room = args.vllm_gpu_memory * machine.gpu - 2 * shape.params / args.tensor_parallel
-    at_once = min(args.vllm_sequences, max(1, room * args.tensor_parallel / of_token / context))
+    of_engine = args.prompts_per_step * args.group_size / machine.all_ranks * args.tensor_parallel
+    at_once = min(
+        args.vllm_sequences,
+        max(1, of_engine),
+        max(1, room * args.tensor_parallel / of_token / context),
+    )
     read = (
         completions / at_once * length * 2 * shape.params
         + completions * length * of_token * context
@@ -94,7 +99,7 @@ def print_hours(stages: list[Stage], machine: Machine, gpu: Gpu | None) -> None:
     )
     shorter = "one_gpu_day" if machine.all_ranks < 8 else "eight_gpu_day"
     if total > LONG:
-        print(f"shorter: --preset {shorter}, or --quick to see every stage run")
+        print(f"shorter: --preset {shorter} instead of --teacher; --quick: every stage, small")
 
 
 def print_extrapolation(quick: list[Stage], whole: list[Stage]) -> None:

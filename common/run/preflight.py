@@ -1,5 +1,6 @@
 """The machine, looked at before anything is loaded: what would fail minutes later, in one line."""
 
+import contextlib
 import math
 import os
 import shutil
@@ -22,7 +23,7 @@ class Facts:
 
     usable: bool = False  # by this torch
     listed: str = ""  # name and driver of each
-    memory: float = 80e9  # bytes of the smallest
+    memory: float | None = None  # bytes of the smallest; None: not known
     free: float = 1.0  # share of the memory of the fullest
     capability: float = math.inf  # of the oldest
     compiler: str | None = None  # Triton builds its launchers with it,
@@ -38,30 +39,46 @@ def look() -> Facts:
         compiler=next(filter(None, map(shutil.which, compilers)), None),
         has_headers=Path(sysconfig.get_path("include"), "Python.h").exists(),
     )
-    tool, visible = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if tool is None or visible == "":
-        return facts
-    query = "--query-gpu=memory.total,memory.free,compute_cap,name,driver_version"
-    command = [tool, query, "--format=csv,noheader,nounits", *(["-i", visible] if visible else [])]
-    lines = subprocess.run(command, capture_output=True, encoding="utf-8").stdout.splitlines()
-    rows = [line.split(", ", 3) for line in lines if line.count(", ") == 4]
-    if not rows:
-        return facts
-    totals, frees, capabilities = zip(*(map(float, row[:3]) for row in rows), strict=True)
+    rows = _rows_of_nvidia_smi()
+    totals, frees, capabilities = ([_number(row[i]) for row in rows] for i in range(3))
+    shares = [f / t for f, t in zip(frees, totals, strict=True) if f is not None and t]
+    known = [2**20 * total for total in totals if total]
     return replace(
         facts,
         listed="; ".join(dict.fromkeys(row[3] for row in rows)),
-        memory=2**20 * min(totals),
-        free=min(free / total for free, total in zip(frees, totals, strict=True)),
-        capability=min(capabilities),
+        memory=min(known, default=None),
+        free=min(shares, default=1.0),
+        capability=min((c for c in capabilities if c), default=math.inf),
     )
 
 
-def check_gpu(device: str, dtype: str, facts: Facts) -> None:
+def _rows_of_nvidia_smi() -> list[list[str]]:
+    """Return memory, free memory, compute capability, and name with driver, of each visible GPU."""
+    tool, visible = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if tool is None or visible == "":
+        return []
+    query = "--query-gpu=memory.total,memory.free,compute_cap,name,driver_version"
+    command = [tool, query, "--format=csv,noheader,nounits", *(["-i", visible] if visible else [])]
+    try:
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.split(", ", 3) for line in done.stdout.splitlines() if line.count(", ") == 4]
+
+
+def _number(text: str) -> float | None:
+    """Return a field's number; None for [N/A], as shared memory and slices of a GPU have."""
+    with contextlib.suppress(ValueError):
+        return float(text)
+    return None
+
+
+def check_gpu(device: str, dtype: str, facts: Facts | None = None) -> None:
     """Refuse a GPU on which a run with these flags would fail later. device: --device; auto takes
-    the CPU, with a word, where torch cannot use the GPU that is there."""
+    the CPU, with a word, where torch cannot use the GPU that is there. facts: this machine's."""
     if device == "cpu":
         return
+    facts = facts or look()
     if not facts.usable:
         why = "torch sees no GPU"
         if facts.listed:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from common.run.errors import UserError, check
-from common.run.preflight import check_gpu, look
+from common.run.preflight import check_gpu
 
 
 def rank() -> int:
@@ -42,7 +42,7 @@ def join_ranks(device: str, dtype: str = "float32", cpu_offload: bool = False) -
     that policy and frozen models compute alike on any number of ranks. Autocast would not: it keeps
     the policy's residual stream in float32.
     """
-    check_gpu(device, dtype, look())
+    check_gpu(device, dtype)
     place, launched = resolve_device(device), "WORLD_SIZE" in os.environ
     if (launched or cpu_offload or dtype == "bfloat16") and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
