@@ -5,11 +5,11 @@ A task file like any other (docs/tasks.md).
 1. The answer is the last `\boxed{...}`, else the last `Answer:` line.
 2. Answer and gold get one spelling: of Unicode, markup, currency, thousands.
 3. Equal texts, words and choices (`(E) 12`) are decided as they stand.
-4. Where the gold is a number, or a list, interval or matrix of them, the answer must be one too,
-   written out: math-verify calls `8+4+7` equal to 19, and a policy that is paid for that learns
-   within 30 steps to copy the problem's sum into its box.
-5. The rest is for math-verify. It cuts a text at the first unit, or takes one formula of it: every
-   number and letter must be in what it has parsed.
+4. Lists, intervals and matrices are compared member by member.
+5. Where the gold is a number, the answer must be one too, written out: math-verify calls `8+4+7`
+   equal to 19, and a policy that is paid for that learns within 30 steps to copy the problem's sum.
+6. The rest is for math-verify, if the answer is not longer than the gold: as a whole, since of a
+   text it takes one formula, or what stands before a unit.
 
 Answers of over 2,000 characters are wrong; on those, no step before the last takes a second. It may
 take for ever: `9^{9^{9^9}}`.
@@ -140,8 +140,8 @@ _BOX = re.compile(
 )
 _ANSWER_LINE = re.compile(r"(?i:answer)\s*:[ \t]*(\S.*)")
 # What may stand between two boxes that are one answer: `\boxed{2} apples \text{ and } \boxed{3}`.
-_BETWEEN_BOXES = re.compile(
-    r"(?:[\s\\,;:.$()\[\]{}]|q?quad|text|and|or)*|[^\d\n.]{0,40}\band\b[\s\\$(){}]*"
+_BETWEEN = re.compile(
+    r"(?:[\s\\,;:.$()\[\]{}]|q?quad|text|and|or)*|[^\d\n.]{0,40}\band\b[\s\\${}]*"
 )
 
 
@@ -154,13 +154,12 @@ def extract_answer(completion: str) -> str | None:
         lines = _ANSWER_LINE.findall(completion)
         return (lines[-1].strip("* \t") or None) if lines else None
     first = len(boxes) - 1
-    while first > 0 and _BETWEEN_BOXES.fullmatch(
+    while first > 0 and _BETWEEN.fullmatch(
         completion, boxes[first - 1].end(), boxes[first].start()
     ):
         first -= 1
-    return (
-        ", ".join(filter(None, ((box[1] or box[2] or "").strip() for box in boxes[first:]))) or None
-    )
+    contents = [(box[1] or box[2] or "").strip() for box in boxes[first:]]
+    return ", ".join(filter(None, contents)) or None
 
 
 # === 2. one spelling ===
@@ -354,7 +353,7 @@ _UNITS = {name: names.split()[0] for names in _UNITS.split("|") for name in name
 _SHORT = "|".join(name for name in _UNITS if name.isalpha() and len(name) > 1)
 # A value, and behind it a base or a unit: words in \text{}, known ones, long ones behind a space.
 _MEASURED = re.compile(
-    rf"""(?isx) (.+?) (?: (?<=[\d.}}]) | (?=\s*\\text) )
+    rf"""(?isx) (.+?) (?: (?<=[\d}}]) | (?=\s*\\text) )
     ( _\{{?\d+\}}? | (?: [\s/%.] | \\cdot | (?: \\text\{{[a-z\s/.]*\}} | (?<=\s)[a-z]{{4,}}
     | (?<![a-z])(?:{_SHORT})s?(?![a-z]) | (?<=[a-z]/)[a-z] ) (?:\s*\^\s*\{{?-?\d\}}?)? )* )"""
 )
@@ -459,8 +458,8 @@ def _is_finished(answer: str, gold: str) -> bool:
 
 @cache
 def _math_verify():
-    """Return math-verify's parser and comparison, whose import and first call take longest: no item
-    pays for them."""
+    """Return math-verify's parser and comparison. Their import and first call take seconds, for
+    which no item pays."""
     with untimed():
         from latex2sympy2_extended import NormalizationConfig, latex2sympy
         from latex2sympy2_extended.latex2sympy2 import ConversionConfig
