@@ -160,7 +160,9 @@ def main(args: Args) -> None:
     print(f"total: {time.perf_counter() - began:.0f} s")
     if args.quick:
         whole = replace(args, quick=False)
-        print_extrapolation(stages, plan(whole, preset_of(whole), machine)[0])
+        gpu = gpu_of(machine.gpu_name, args.gpu_tflops)
+        whole_stages = plan(whole, preset_of(whole), machine)[0]
+        print_extrapolation(stages, whole_stages, gpu, machine)
 
 
 def show_hours(args: Args, machine: Machine, stages: list) -> None:

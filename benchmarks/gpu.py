@@ -11,6 +11,8 @@ first checkpoint, and resumed.
 
 import importlib
 import json
+import math
+import os
 import platform
 import signal
 import subprocess
@@ -26,7 +28,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from common.model.tokenizer import load_tokenizer
-from common.run.errors import UserError
+from common.run.errors import UserError, one_line
 from common.run.folder import machine
 from common.run.inputs import ROOT
 from common.run.preflight import Facts, check_gpu, look
@@ -116,6 +118,7 @@ def jobs(args: Args, root: Path, facts: Facts) -> list[Job]:
         sizes = {"prompts": 2, "group_size": 4} if args.tiny else {"prompts": 128, "group_size": 8}
         sizes |= {"rounds": 1, "max_new_tokens": 16 if args.tiny else 512}
         flags = {"model": str(root / student), "vllm_sequences": sequences, **prompt, **sampling}
+        flags |= {"vllm_gpu_memory": 0.4 if args.tiny else 0.85}
         title = f"decoding, {sequences:,} sequences at once, Qwen3-{student}"
         listed.append(Job(title, "benchmarks.rollout", flags | sizes))
     lite = {"model": str(root / student), "teacher": str(root / large), **step, "num_steps": 1}
@@ -124,7 +127,9 @@ def jobs(args: Args, root: Path, facts: Facts) -> list[Job]:
         lite |= {"micro_batch_tokens": 16_448, "chunk_size": 1024}
     title = f"opd.py, Qwen3-{student} from {large}, 128 sequences x 16,384 tokens"
     listed.append(Job(title, "opd", lite | {"output_dir": str(root / "opd")}))
-    ranks = 2 if args.tiny else torch.cuda.device_count()
+    ranks = (
+        2 if args.tiny else 2 ** int(math.log2(max(1, torch.cuda.device_count())))
+    )  # divide heads
     if ranks > 1:
         shared = lite | {"prompts_per_step": 4 * ranks, "num_steps": 2, "tensor_parallel": ranks}
         shared |= {"max_new_tokens": 16 if args.tiny else 2048, "output_dir": str(root / "shared")}
@@ -182,15 +187,25 @@ def run(job: Job, minutes: float, facts: Facts) -> str:
             text = _table(job)
     except subprocess.TimeoutExpired:
         text = f"failed: not done after {minutes:g} minutes\n"
+    except Exception as error:  # the others are still to come
+        text = f"failed: {one_line(error)}\n"
     fence = "" if text.startswith("|") else "```\n"
     return f"## {job.title}\n\n{planned}{fence}{text.strip()}\n{fence}"
 
 
 def _run(words: list[str], minutes: float) -> subprocess.CompletedProcess:
-    command = [sys.executable, *words]
-    return subprocess.run(
-        command, capture_output=True, encoding="utf-8", cwd=ROOT, timeout=60 * minutes
+    command, pipes = (
+        [sys.executable, *words],
+        {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
     )
+    own_group = {"cwd": ROOT, "encoding": "utf-8", "start_new_session": True}
+    with subprocess.Popen(command, **pipes, **own_group) as child:
+        try:
+            output = child.communicate(timeout=60 * minutes)
+        except BaseException:  # with its ranks, which would keep their memory
+            os.killpg(child.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, child.returncode, *output)
 
 
 def _kill_after_first_checkpoint(job: Job, minutes: float) -> None:

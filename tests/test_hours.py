@@ -25,7 +25,7 @@ def machine_of(ranks: int) -> Machine:
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [
-        (50, "0.83 minutes"),
+        (50, "50 seconds"),
         (3600, "60 minutes"),
         (7200, "2 hours"),
         (86_400, "24 hours"),
@@ -65,6 +65,9 @@ def test_a_gpu_is_known_by_its_name_or_by_a_flag():
     assert gpu_of("NVIDIA GeForce RTX 4090, 580.65", None) == GPUS["4090"]
     assert gpu_of("Quadro P400, 580.65", None) is None
     assert gpu_of("Quadro P400, 580.65", 98.9) == pytest.approx((98.9e12, 3.35e11))
+    assert gpu_of("", 165) == GPUS["4090"]
+    mixed = gpu_of("NVIDIA H200, 580.65; NVIDIA L40S, 580.65", None)
+    assert mixed == GPUS["L40S"]  # ranks wait for one another
 
 
 @pytest.mark.usefixtures("no_network")
@@ -144,10 +147,12 @@ def test_quick_ends_with_the_hours_of_the_whole(tmp_path, capsys):
     whole, _ = planned(bridge.Args(**own))
     (stage,) = [stage for stage in quick if stage.name == "cold"]
     stage.folder.mkdir(parents=True)
-    stage.manifest.write_text(json.dumps({"seconds": 10.0, "generated_tokens": 100_000}))
-    print_extrapolation(quick, whole)
-    tokens = 1320 * 128 * 8 * 16_384 / 4
-    assert in_words(tokens / 10_000) in capsys.readouterr().out
+    least = seconds_of(stage, H100, machine_of(1))
+    stage.manifest.write_text(json.dumps({"seconds": 3 * least}))
+    print_extrapolation(quick, whole, H100, machine_of(1))
+    (stage,) = [stage for stage in whole if stage.name == "cold"]
+    expected = in_words(3 * seconds_of(stage, H100, machine_of(1)))
+    assert f"would train for {expected} (at most" in capsys.readouterr().out
 
 
 # === --trained_teacher ===

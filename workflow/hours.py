@@ -66,16 +66,22 @@ def seconds_of(stage: Stage, gpu: Gpu, machine: Machine) -> float:
 
 def in_words(seconds: float) -> str:
     """Return a time of two digits, in the unit in which people would say it: `4 weeks`."""
-    units = {"minutes": 60, "hours": 3600, "days": 86_400, "weeks": 604_800}
-    unit = max((u for u in units if seconds >= 1.5 * units[u]), key=units.get, default="minutes")
+    units = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86_400, "weeks": 604_800}
+    unit = max((u for u in units if seconds >= 1.5 * units[u]), key=units.get, default="seconds")
     return f"{float(f'{seconds / units[unit]:.2g}'):g} {unit}"
 
 
 def gpu_of(listed: str, tflops: float | None) -> Gpu | None:
-    """Return the limits of the GPU that nvidia-smi lists, or of one of so many TFLOP/s."""
-    if tflops:  # as many bytes for a FLOP as an H100 has
-        return Gpu(tflops * 1e12, tflops * 1e12 * GPUS["H100"].bandwidth / GPUS["H100"].flops)
-    return next((gpu for name, gpu in GPUS.items() if name in listed), None)
+    """Return the limits of the GPUs that nvidia-smi lists, the least of each, or of one of so many
+    TFLOP/s."""
+    known = [gpu for name, gpu in GPUS.items() if name in listed]
+    if tflops:
+        known = [gpu for gpu in GPUS.values() if round(gpu.flops / 1e12) == round(tflops)][:1]
+        per_flop = GPUS["H100"].bandwidth / GPUS["H100"].flops  # of a GPU that is not in the table
+        known = known or [Gpu(tflops * 1e12, tflops * 1e12 * per_flop)]
+    if not known:
+        return None
+    return Gpu(min(gpu.flops for gpu in known), min(gpu.bandwidth for gpu in known))
 
 
 def print_hours(stages: list[Stage], machine: Machine, gpu: Gpu | None) -> None:
@@ -102,16 +108,18 @@ def print_hours(stages: list[Stage], machine: Machine, gpu: Gpu | None) -> None:
         print(f"shorter: --preset {shorter} instead of --teacher; --quick: every stage, small")
 
 
-def print_extrapolation(quick: list[Stage], whole: list[Stage]) -> None:
-    """Print how long the whole plan's training would take, by the seconds a token that the stages
-    of --quick took."""
-    took = {stage.name: stage.result() for stage in quick if stage.script != "evaluate.py"}
+def print_extrapolation(
+    quick: list[Stage], whole: list[Stage], gpu: Gpu | None, machine: Machine
+) -> None:
+    """Print how long the whole plan's training would take, if its stages were as many times as slow
+    as their least time as those of --quick were."""
+    gpu, of_quick = gpu or GPUS["H100"], {stage.name: stage for stage in quick}
     seconds = 0.0
-    for stage in (stage for stage in whole if stage.name in took):
-        done, args = took[stage.name], stage.args()
-        args = replace(args, max_new_tokens=args.max_new_tokens // QUARTER)
-        seconds += done["seconds"] / done["generated_tokens"] * most_tokens(stage, args)[1]
+    for stage in (stage for stage in whole if stage.script != "evaluate.py"):
+        small = of_quick[stage.name]
+        slower = small.result()["seconds"] / seconds_of(small, gpu, machine)
+        seconds += slower * seconds_of(stage, gpu, machine)
     print(
-        f"at these speeds a token, all stages without --quick would train for {in_words(seconds)}, "
-        "if completions have a quarter of --max_new_tokens"
+        f"as far from their limits, all stages without --quick would train for {in_words(seconds)} "
+        "(at most: small steps are slower), if completions have a quarter of --max_new_tokens"
     )

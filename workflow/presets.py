@@ -172,8 +172,11 @@ def fill_in(args) -> None:
     fill_in_data(args, toy)
     if args.chat_template is None and lacks_chat_template(args.student):
         args.chat_template = args.teacher
+    named = (
+        args.preset if args.preset and (FILES / f"{args.preset}.json").exists() else args.teacher
+    )
     quick = "-quick" if args.quick else ""
-    args.output_dir = args.output_dir or f"runs/bridge-{Path(args.teacher).name}{quick}"
+    args.output_dir = args.output_dir or f"runs/bridge-{Path(named).name}{quick}"
 
 
 def fill_in_data(args, toy: bool) -> None:
@@ -214,7 +217,7 @@ def flags_of_role(args, kind: str, preset: dict[str, Setting]) -> dict[str, Sett
         chosen["lora_rank"] = Setting(rank, source="command line")
         if rate := preset.get("learning_rate"):
             note = f"{times} times {rate.value:g}: {source}"
-            chosen["learning_rate"] = ours(rate.value * times, note)
+            chosen["learning_rate"] = ours(float(f"{rate.value * times:g}"), note)
     return chosen
 
 

@@ -36,6 +36,7 @@ def start(main: Callable, args_type: type, description: str) -> None:
     # be rounded up to a power of two.
     memory = "expandable_segments:True,pinned_max_round_threshold_mb:64"
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", memory)
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi counts
     code, message, launched = 0, "", "WORLD_SIZE" in os.environ
     try:
         main(parse(args_type, description))

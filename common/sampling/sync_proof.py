@@ -5,12 +5,11 @@ from functools import cache
 
 import torch
 
-from common.model.head import head_logprobs, hidden_states
+from common.model.logprob import token_logprobs
 from common.model.lora import weight_names, whole_weight
 from common.model.shard import device_of
 from common.run.errors import RunFailure
 from common.run.ranks import gather
-from common.sampling.batches import micro_batch
 from common.sampling.rollout import Rollout
 
 # Limits of the mean |log-prob difference|. bfloat16 rounds a logit of 16 to 32 by up to 0.06, on
@@ -59,10 +58,14 @@ def _warn() -> None:
 @torch.no_grad()
 def logprob_differences(model, rollouts: list[Rollout]) -> torch.Tensor:
     """Return |trainer's - engine's log-prob| of every token that was sampled, at temperature 1."""
-    batch = micro_batch(rollouts, device_of(model))
-    hidden = hidden_states(model, batch.input_ids, batch.mask)
-    logprobs = head_logprobs(hidden, model, batch.tokens, 1.0, 1024)
-    return (logprobs - batch.per_token("logprobs")).abs()
+    differences, device = [], device_of(model)
+    for rollout in rollouts:  # by the model's own head: another copy of it may not fit beside vLLM
+        ids = torch.tensor([(rollout.prompt_ids + rollout.completion_ids)[:-1]], device=device)
+        tokens = torch.tensor(rollout.completion_ids, device=device)
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(tokens)).logits[0]
+        logprobs, _ = token_logprobs(logits, tokens)
+        differences.append((logprobs.cpu() - rollout.logprobs).abs())
+    return torch.cat(differences)
 
 
 def stale_parameters(engine, model, dtype: torch.dtype) -> tuple[list[str], int]:
