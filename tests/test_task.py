@@ -27,7 +27,8 @@ def write(folder: Path, code: str) -> str:
 
 def pids_of(task: Task) -> list[int]:
     """Of each worker's keeper, and of the process that answers."""
-    keepers = [worker.process.pid for worker in task.pool._workers]
+    workers = task.pool._workers.values()
+    keepers = [worker.process.pid for worker in workers if worker.process.poll() is None]
     children = [Path(f"/proc/{pid}/task/{pid}/children").read_text().split() for pid in keepers]
     return keepers + [int(pid) for listed in children for pid in listed]
 
@@ -59,7 +60,7 @@ def test_a_task_of_ten_lines(tmp_path):
     with Task(write(tmp_path, code)) as task:
         assert task.datasets == {"words": "words.jsonl"}
         (problem,) = task.problems([{"word": "abc", "level": 3}], "dataset d")
-        assert problem.messages == ({"role": "user", "content": "abc\nWrite it backwards."},)
+        assert problem.messages == [{"role": "user", "content": "abc\nWrite it backwards."}]
         assert (problem.text, problem.gold) == ("abc", "cba")
         assert problem.where == "dataset d, row 1"
         assert task.grade(["cba", "cbx", "xyz", "", "<think>no</think>cba"], [problem] * 5) == [
@@ -236,9 +237,8 @@ def test_half_a_surrogate_pair_of_a_grader_is_replaced(tmp_path, capsys):
     code += "def answer(completion): return 'x\\ud800'\n"
     code += "def grade(completion, row): raise RuntimeError(completion and 'half \\ud83d')\n"
     with Task(write(tmp_path, code)) as task:
-        assert task.instruction == "?"
         (problem,) = task.problems([{}], "d")
-        assert problem.warning == "?"
+        assert (problem.messages[0]["content"], problem.warning) == ("a\n?", "?")
         verdicts = task.grade(["a", "b"], [problem] * 2)
     assert verdicts[0].answer == "x?"
     assert verdicts[0].message.startswith("RuntimeError: half ?")
