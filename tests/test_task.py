@@ -402,6 +402,8 @@ HOSTILE = {
     "sleeps deaf to signals": "import signal as s, time; s.signal(15, s.SIG_IGN); time.sleep(60)",
     "forks and both return": "os.fork()",
     "leaves a child in its own session": "os.fork() or (os.setsid(), os.fork(), time.sleep(600))",
+    "has a name that is no text": "import ctypes; ctypes.CDLL(None).prctl(15, b'\\xff');"
+    "os.fork() or (os.setsid(), time.sleep(600))",
     "fills memory": "bytearray(1 << 34)",
     "fills the disk": "open('big', 'wb').write(bytearray(1 << 29))",
     "kills itself": "os.kill(os.getpid(), 9)",
@@ -428,6 +430,7 @@ def test_a_hostile_grader_costs_its_own_item(tmp_path, kind):
         outcomes = [verdict.outcome for verdict in verdicts]
         pids = pids_of(task)
     harmless = {"forks and both return", "leaves a child in its own session", "writes to stdout"}
+    harmless.add("has a name that is no text")
     expected = {"partial"} if kind in harmless else {"timeout", "crash"}
     if kind == "kills its parent's group":  # which is not its own: it may come to its end
         expected = {"crash", "partial"}

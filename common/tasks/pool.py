@@ -108,6 +108,9 @@ class _Worker:
             self.process.wait()
         shutil.rmtree(self.scratch, ignore_errors=True)  # should its keeper have been killed
 
+    def __del__(self) -> None:
+        self.socket.close()  # not before: a thread may be reading
+
 
 class WorkerPool:
     """Workers for the functions of one task file, as many as there are cores, each asked by a
