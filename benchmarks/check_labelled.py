@@ -59,7 +59,7 @@ def judge(
     replies = pool.call("is_right", [[answers[i], golds[i]] for i in asked])
     outcomes = dict.fromkeys(range(len(texts)), "no_answer")
     for i, reply in zip(asked, replies, strict=True):
-        kinds = {"timeout": "timeout", "error": "crash"}
+        kinds = {"timeout": "timeout", "error": "crash", "died": "crash"}
         outcomes[i] = kinds.get(reply.kind) or ("correct" if reply.value else "wrong")
     return [(outcomes[i], answer) for i, answer in enumerate(answers)]
 

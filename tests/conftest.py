@@ -96,7 +96,7 @@ def rollouts(model, tokenizer) -> list[Rollout]:
 
 def problem_of(text: str, gold: str) -> Problem:
     """As the math task makes it."""
-    messages = ({"role": "user", "content": f"{text}\n{math_task.instruction}"},)
+    messages = [{"role": "user", "content": f"{text}\n{math_task.instruction}"}]
     return Problem(
         text, gold, identify(math_task, text), messages, {"problem": text, "answer": gold}, "row 1"
     )

@@ -64,7 +64,7 @@ MUTANTS = [
         (STATISTICS, "(mean * (1 - mean)), 1 / num_samples)", "(mean * (1 - mean)), 0.0)"),
         (EVALUATE, "done -= done % per_batch", "done -= 0"),
     ]),
-    ("tests/test_task.py -k earlier_call", [(POOL, "if number != worker.number:", "if False:")]),
+    ("tests/test_task.py -k earlier_call", [(POOL, "if number != self.number:", "if False:")]),
     # --- the loss, its gradient, and the sum that divides it ---
     ("tests/test_losses.py tests/test_gradients.py", [
         (GRPO, "rewards.std(1, keepdim=True)", "rewards.std(1, correction=0, keepdim=True)"),
@@ -131,9 +131,9 @@ MUTANTS = [
     ]),
     # --- grading and evaluation ---
     ("tests/test_task.py", [
-        (POOL, "self._tried_again.clear()", "pass"),
-        (POOL, 'Reply("timeout", None, worker.note)', 'Reply("timeout")'),
-        (POOL, "self.note, self.number = call, None,", "_, self.number = call, None,"),
+        (POOL, "and worker.number > 2:", "and False:"),
+        (POOL, '"it takes too long", note)', '"it takes too long")'),
+        (POOL, "if worker and worker.process.poll() is None:", "if worker:"),
     ]),
     ("tests/test_evaluate.py tests/test_report.py", [
         (EVALUATE, "seed=(*seed, first), **s", "seed=(*seed, 0), **s"),

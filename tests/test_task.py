@@ -28,7 +28,8 @@ def write(folder: Path, code: str) -> str:
 
 def pids_of(task: Task) -> list[int]:
     """Of each worker's keeper, and of the process that answers."""
-    keepers = [worker.process.pid for worker in task.pool._workers]
+    workers = task.pool._workers.values()
+    keepers = [worker.process.pid for worker in workers if worker.process.poll() is None]
     children = [Path(f"/proc/{pid}/task/{pid}/children").read_text().split() for pid in keepers]
     return keepers + [int(pid) for listed in children for pid in listed]
 
@@ -60,7 +61,7 @@ def test_a_task_of_ten_lines(tmp_path):
     with Task(write(tmp_path, code)) as task:
         assert task.datasets == {"words": "words.jsonl"}
         (problem,) = task.problems([{"word": "abc", "level": 3}], "dataset d")
-        assert problem.messages == ({"role": "user", "content": "abc\nWrite it backwards."},)
+        assert problem.messages == [{"role": "user", "content": "abc\nWrite it backwards."}]
         assert (problem.text, problem.gold) == ("abc", "cba")
         assert problem.where == "dataset d, row 1"
         assert task.grade(["cba", "cbx", "xyz", "", "<think>no</think>cba"], [problem] * 5) == [
@@ -237,9 +238,8 @@ def test_half_a_surrogate_pair_of_a_grader_is_replaced(tmp_path, capsys):
     code += "def answer(completion): return 'x\\ud800'\n"
     code += "def grade(completion, row): raise RuntimeError(completion and 'half \\ud83d')\n"
     with Task(write(tmp_path, code)) as task:
-        assert task.instruction == "?"
         (problem,) = task.problems([{}], "d")
-        assert problem.warning == "?"
+        assert (problem.messages[0]["content"], problem.warning) == ("a\n?", "?")
         verdicts = task.grade(["a", "b"], [problem] * 2)
     assert verdicts[0].answer == "x?"
     assert verdicts[0].message.startswith("RuntimeError: half ?")
@@ -403,6 +403,8 @@ HOSTILE = {
     "sleeps deaf to signals": "import signal as s, time; s.signal(15, s.SIG_IGN); time.sleep(60)",
     "forks and both return": "os.fork()",
     "leaves a child in its own session": "os.fork() or (os.setsid(), os.fork(), time.sleep(600))",
+    "has a name that is no text": "import ctypes; ctypes.CDLL(None).prctl(15, b'\\xff');"
+    "os.fork() or (os.setsid(), time.sleep(600))",
     "fills memory": "bytearray(1 << 34)",
     "fills the disk": "open('big', 'wb').write(bytearray(1 << 29))",
     "kills itself": "os.kill(os.getpid(), 9)",
@@ -429,6 +431,7 @@ def test_a_hostile_grader_costs_its_own_item(tmp_path, kind):
         outcomes = [verdict.outcome for verdict in verdicts]
         pids = pids_of(task)
     harmless = {"forks and both return", "leaves a child in its own session", "writes to stdout"}
+    harmless.add("has a name that is no text")
     expected = {"partial"} if kind in harmless else {"timeout", "crash"}
     if kind == "kills its parent's group":  # which is not its own: it may come to its end
         expected = {"crash", "partial"}

@@ -114,7 +114,7 @@ def test_fuzz_of_both_sides():
         for _ in range(20):
             pairs = [(hostile_answer(rng), hostile_answer(rng)) for _ in range(100)]
             assert {reply.kind for reply in task.pool.call("is_right", pairs)} <= {
-                *("value", "error", "timeout")
+                *("value", "error", "died", "timeout")
             }
             verdicts = grade(task, [rf"\boxed{{{answer}}}" for answer, _ in pairs], ["5"] * 100)
             rollouts = [Rollout([1], [2], None, "eos", "", verdict=v) for v in verdicts]

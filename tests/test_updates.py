@@ -25,7 +25,7 @@ from common.run.run import learning_rate_at
 from common.sampling.sampler import Sampler, sample_and_verify
 from common.sampling.torch_engine import TorchEngine
 from common.tasks.data import evaluation_prompts
-from common.tasks.rows import read_jsonl
+from common.tasks.rows import read_file
 from common.tasks.task import Verdict
 
 TRAINERS = [grpo, opd, fkl_warmup]
@@ -325,7 +325,7 @@ def test_rollouts_of_old_steps_leave_the_disk(tmp_path):
     newest = {f"step_{step}.jsonl" for step in (1, 100, 101, 102)}
     assert kept == newest | {"step_50.jsonl.gz"}
     for name, step in (("step_50.jsonl.gz", 50), ("step_102.jsonl", 102)):
-        assert read_jsonl(tmp_path / "rollouts" / name) == [{"completion": "é", "step": step}]
+        assert list(read_file(tmp_path / "rollouts" / name)) == [{"completion": "é", "step": step}]
 
 
 def test_a_gpus_memory_is_logged(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from pathlib import Path
 import matplotlib
 
 from common.run.process import start
-from common.tasks.rows import read_jsonl
+from common.tasks.rows import read_file
 from toy.make import is_step_by_step
 from toy.studies import (
     Results,
@@ -85,7 +85,8 @@ def measure(args: Args, use: float) -> Point:
     student = make_student(use, args.output_dir / "students" / f"{use:g}")
     flags = ["--student", student, "--jobs", str(args.jobs), "--routes", *ROWS]
     bridge(folder, args.seeds, flags)
-    samples = read_jsonl(folder / "base" / "eval_untrained_student" / "samples" / "toy.jsonl")
+    evaluated = folder / "base" / "eval_untrained_student" / "samples" / "toy.jsonl"
+    samples = list(read_file(evaluated))
     prior = statistics.fmean(is_step_by_step(row["completion"]) for row in samples)
     return Point(100 * prior, 100 * statistics.fmean(map(is_success, samples)), folder)
 
@@ -100,7 +101,7 @@ def is_success(row: dict) -> bool:
 def success_shares(run: Path) -> list[float]:
     """Return the share of each step's completions that are a success."""
     steps = sorted((run / "rollouts").glob("step_*.jsonl"), key=lambda f: int(f.stem[5:]))
-    return [statistics.fmean(map(is_success, read_jsonl(file))) for file in steps]
+    return [statistics.fmean(map(is_success, read_file(file))) for file in steps]
 
 
 def first_above(share: float, shares: list[float]) -> int | None:
@@ -135,7 +136,8 @@ def draw_map(points: list[Point], path: Path) -> None:
 def draw_law(points: list[Point], seeds: tuple[int, ...], path: Path) -> None:
     """A point a seed; of cold GRPO two: its first success, and its first step of half successes.
     Prints these steps too."""
-    completions = len(read_jsonl(points[0].folder / f"seed_{seeds[0]}/cold/rollouts/step_1.jsonl"))
+    first_step = points[0].folder / f"seed_{seeds[0]}" / "cold" / "rollouts" / "step_1.jsonl"
+    completions = len(list(read_file(first_step)))
     lines = []
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), constrained_layout=True)
     for number, point in enumerate(points):

@@ -16,7 +16,7 @@ from common.run.errors import check
 from common.run.inputs import hash_of_source
 from common.run.ranks import gather, on_first_rank
 from common.tasks.data import Prompt
-from common.tasks.rows import read_jsonl
+from common.tasks.rows import read_file
 from common.tasks.task import OUTCOMES, Problem, Task, Verdict
 from common.tasks.worker import is_unicode
 
@@ -108,14 +108,14 @@ def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
 def load_rollouts(
     path: str, task: Task, tokenizer, prompts: list[Prompt], max_new_tokens: int
 ) -> list[Rollout]:
-    """Return the completions of the prompts' problems in a .jsonl file with columns problem and
+    """Return the completions of the prompts' problems in a file with columns problem and
     completion.
 
     Rows of other problems (another split, an evaluation set) and completions of more than
     `max_new_tokens` are left out, with a count. Raises UserError for a malformed row, and if no
     row is left.
     """
-    rows, ends = read_jsonl(Path(path)), end_ids(tokenizer)
+    rows, ends = list(read_file(Path(path))), end_ids(tokenizer)
     task.sources[path] = hash_of_source(path)
     own_end = re.compile("|".join(map(re.escape, tokenizer.convert_ids_to_tokens(ends))))
     for number, row in enumerate(rows, 1):

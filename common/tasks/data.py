@@ -215,7 +215,8 @@ def training_prompts(task: Task, tokenizer, args) -> list[Prompt]:
     """The prompts that a trainer's --dataset, --split and --decontaminate name."""
     source, held_out = args.dataset or default_of(task, "datasets"), args.decontaminate
     held_out = default_decontamination(task, source) if held_out is None else held_out
-    held_out = dict.fromkeys((*held_out, *evaluation_source(task, args)))
+    evaluated = [args.eval_dataset] if args.eval_dataset else list(task.benchmarks)[:1]
+    held_out = dict.fromkeys((*held_out, *evaluated))  # whether --eval_every is set or not
 
     def prepare() -> list[Prompt]:
         problems = load_training_problems(task, source, args.split, held_out, args.columns)
@@ -232,11 +233,6 @@ def evaluation_prompts(task: Task, tokenizer, args) -> list[Prompt]:
     return on_first_rank(
         lambda: render_prompts(tokenizer, load_evaluation_problems(task, source), args)
     )
-
-
-def evaluation_source(task: Task, args) -> list[str]:
-    """Return the set that is never trained on: --eval_dataset, or the task's first benchmark."""
-    return [args.eval_dataset] if args.eval_dataset else list(task.benchmarks)[:1]
 
 
 def default_of(task: Task, kind: str) -> str:

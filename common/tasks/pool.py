@@ -16,13 +16,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
 
-from common.run.errors import RunFailure, UserError
+from common.run.errors import RunFailure, UserError, check
 from common.run.inputs import ROOT
 
 STARTUP_S = 120.0  # imports may take far longer than a call, from a cold network disk above all
@@ -33,8 +32,8 @@ MAX_REPLY_BYTES = 1 << 24
 class Reply:
     """The outcome of one call."""
 
-    kind: str  # "value"; "error": it raised; "misuse": it broke the task's contract; or "timeout"
-    value: object = None  # of an error or misuse what it says
+    kind: str  # "value"; "error": it raised; "misuse": it broke the contract; "died"; or "timeout"
+    value: object = None  # else what is wrong
     note: str | None = None  # what the worker said before it ended
 
 
@@ -54,43 +53,54 @@ class _Worker:
             start_new_session=True,  # Ctrl-C is for the trainer, which then closes its workers
         )
         theirs.close()
-        self.received = b""
-        self.number = 0  # of its call; 0 is its start
-        self.call: int | None = None  # the index of the call that it works on
-        self.note: str | None = None
-        self.declared: dict | None = None  # the task, as it says once its imports are done
-        self.deadline = time.monotonic() + STARTUP_S
+        self.received, self.number = b"", 0  # of its call; the first is to load
 
-    @property
-    def idle(self) -> bool:
-        return self.declared is not None and self.call is None
-
-    def fileno(self) -> int:
-        return self.socket.fileno()
-
-    def send(self, call: int, function: str, arguments: Sequence, timeout_s: float) -> None:
-        self.call, self.note, self.number = call, None, self.number + 1
-        self.deadline = time.monotonic() + timeout_s
-        request = json.dumps([self.number, function, *arguments], default=str)
-        self.socket.settimeout(timeout_s)  # a long row does not fit the socket's buffer
-        with contextlib.suppress(OSError):  # it has just died: its silence is the reply
-            self.socket.sendall(request.encode() + b"\n")
-
-    def messages(self) -> list[tuple[int, str, object]] | None:
-        """Return the whole messages that have come; None if it has died, or says what it should
-        not: a grader may write to any descriptor."""
+    def ask(self, request: Sequence, timeout_s: float) -> Reply:
+        """Return the reply to a request. The process is ended if it is late or has died."""
+        note, deadline = None, time.monotonic() + timeout_s
+        self.number += 1
         try:
-            chunk = self.socket.recv(1 << 16, socket.MSG_DONTWAIT)
-            *lines, self.received = (self.received + chunk).split(b"\n")
-            messages = [(number, kind, value) for number, kind, value in map(valid, lines)]
-        except (OSError, ValueError, TypeError, RecursionError):
-            return None
-        return messages if chunk and len(self.received) < MAX_REPLY_BYTES else None
+            line = json.dumps([self.number, *request], default=str)
+            self.socket.settimeout(timeout_s)  # a long row does not fit the socket's buffer
+            self.socket.sendall(line.encode() + b"\n")
+            while True:
+                number, kind, value = self._message(deadline)
+                if number != self.number:  # of a process that an earlier call has left behind
+                    continue
+                if kind == "note":
+                    note = value
+                elif kind in ("untimed", "timed"):
+                    deadline = time.monotonic() + (STARTUP_S if kind == "untimed" else timeout_s)
+                else:
+                    return Reply(kind, value, note)
+        except TimeoutError:
+            reply = Reply("timeout", "it takes too long", note)
+        except (OSError, ValueError, TypeError, RecursionError):  # a grader may write anywhere
+            reply = Reply("died", "its process has died", note)
+        self.end()
+        return reply
 
-    def kill(self) -> None:
+    def _message(self, deadline: float) -> list:
+        """Return the next message. Half a surrogate pair in it is replaced: UTF-8 has none."""
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            if b"\n" in self.received:
+                line, _, self.received = self.received.partition(b"\n")
+                text = json.dumps(json.loads(line), ensure_ascii=False)
+                return json.loads(text.encode(errors="replace"))
+            self.socket.settimeout(left)
+            chunk = self.socket.recv(1 << 16)
+            if not chunk or len(self.received) > MAX_REPLY_BYTES:
+                raise ConnectionError
+            self.received += chunk
+
+    def end(self) -> None:
+        """Hang up, at which the worker's keeper ends it and all that it started. A thread that
+        waits for its reply waits no longer."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)  # a fork of this process may hold it too
-        self.socket.close()  # at which the worker's keeper ends it and all that it started
         try:
             self.process.wait(5)
         except subprocess.TimeoutExpired:
@@ -98,132 +108,77 @@ class _Worker:
             self.process.wait()
         shutil.rmtree(self.scratch, ignore_errors=True)  # should its keeper have been killed
 
-
-def valid(line: bytes) -> object:
-    """Parse JSON whose text may hold half a surrogate pair, which UTF-8 cannot: it is replaced."""
-    return json.loads(json.dumps(json.loads(line), ensure_ascii=False).encode(errors="replace"))
+    def __del__(self) -> None:
+        self.socket.close()  # not before: a thread may be reading
 
 
 class WorkerPool:
-    """Workers for the functions of one task file.
+    """Workers for the functions of one task file, as many as there are cores, each asked by a
+    thread. They start when there is something to call.
 
-    num_workers: started when there is something to call, replaced when they die; None: as many as
-    there are cores. timeout_s: deadline of one call, in seconds. memory_mb: address space of a
-    worker (Linux).
-
-    Safe to call from any thread. Workers are gone after `close()`, and exit by themselves should
-    this process be killed.
+    timeout_s: the deadline of one call in seconds. Safe to call from any thread. Workers are gone
+    after `close()`, and exit by themselves should this process be killed.
     """
 
-    def __init__(
-        self,
-        file: Path,
-        timeout_s: float = 2.0,
-        num_workers: int | None = None,
-        memory_mb: int = 2048,
-    ):
+    def __init__(self, file: Path, timeout_s: float = 2.0):
         self.file, self.timeout_s = file, timeout_s
-        self.num_workers, self.memory_mb = num_workers or os.cpu_count(), memory_mb
-        self._workers: list[_Worker] = []
-        self._tried_again: set[int] = set()  # indices of the calls of this batch
-        self._has_started = False
-        self._lock = threading.Lock()
+        self.num_workers, self.memory_mb = os.cpu_count(), 2048  # address space of each (Linux)
+        self._workers: dict[int, _Worker] = {}  # by the number of the thread that asks
+        self._has_started = self._closed = False
+        self._calling, self._starting = threading.Lock(), threading.Lock()
 
     def close(self) -> None:
-        for worker in self._workers:
-            worker.kill()
-        self._workers.clear()
-
-    def declarations(self) -> dict:
-        """Return what the task file defines beside functions. Raises UserError if it cannot be
-        used."""
-        with self._guarded():
-            self._fill(1)
-            while self._workers[0].declared is None:
-                self._receive({}, deque())
-            return self._workers[0].declared
+        with self._starting:
+            self._closed = True
+            for worker in self._workers.values():
+                worker.end()
+            self._workers.clear()
 
     def call(self, function: str, arguments: Sequence[Sequence]) -> list[Reply]:
-        """Return the replies of function(*a) for each a of `arguments`, in order."""
-        with self._guarded():
-            replies: dict[int, Reply] = {}
-            self._tried_again.clear()
-            pending = deque(range(len(arguments)))
-            while len(replies) < len(arguments):
-                self._fill(len(arguments) - len(replies))
-                for worker in self._workers:
-                    if pending and worker.idle:
-                        index = pending.popleft()
-                        worker.send(index, function, arguments[index], self.timeout_s)
-                self._receive(replies, pending)
+        """Return the replies of function(*a) for each a of `arguments`, in order. Raises UserError
+        if the task file cannot be imported."""
+        pending, replies = enumerate(arguments), {}
+
+        def ask_in_turn(number: int) -> None:
+            for index, values in pending:
+                replies[index] = self._ask(number, (function, *values))
+
+        with self._calling, ThreadPoolExecutor(self.num_workers) as threads:
+            self._closed = False
+            try:
+                list(threads.map(ask_in_turn, range(min(self.num_workers, len(arguments)))))
+            except BaseException:
+                self.close()  # else the threads would ask to their end
+                raise
         return [replies[index] for index in range(len(arguments))]
 
-    @contextlib.contextmanager
-    def _guarded(self):
-        with self._lock:
-            try:
-                yield
-            except BaseException:
-                self.close()  # else the next call would read the replies to this one
-                raise
+    def _ask(self, number: int, request: Sequence) -> Reply:
+        """Ask a thread's worker. One that dies may have been killed by an earlier call, if there
+        was one: its successor is asked again."""
+        worker = self._worker(number)
+        reply = worker.ask(request, self.timeout_s)
+        if reply.kind == "died" and worker.number > 2:
+            reply = self._worker(number).ask(request, self.timeout_s)
+        return reply
 
-    def _fill(self, num_calls: int) -> None:
-        for worker in [worker for worker in self._workers if worker.idle]:
-            if worker.process.poll() is not None:  # it died while idle: no call is at fault
-                self._drop(worker)
-        while len(self._workers) < min(self.num_workers, num_calls):
-            self._workers.append(_Worker(self.file, self.memory_mb))
-
-    def _drop(self, worker: _Worker) -> None:
-        worker.kill()
-        self._workers.remove(worker)
-
-    def _receive(self, replies: dict[int, Reply], pending: deque[int]) -> None:
-        """Wait until some worker says something, dies or passes its deadline. One that dies after
-        its first call may have been killed by an earlier one: its call is tried again, once."""
-        waiting = [worker for worker in self._workers if not worker.idle]
-        wait_s = min(worker.deadline for worker in waiting) - time.monotonic()
-        readable = wait(waiting, max(0.0, wait_s))  # select.select takes no descriptor above 1,023
-        for worker in waiting:
-            if worker in readable:
-                messages = worker.messages()
-                for message in messages or ():
-                    self._take(worker, *message, replies)
-                if messages is None and worker.number > 1 and worker.call not in self._tried_again:
-                    self._tried_again.add(worker.call)
-                    pending.append(worker.call)
-                    self._drop(worker)
-                elif messages is None:
-                    self._end(worker, Reply("error", "its process has died", worker.note), replies)
-            elif time.monotonic() >= worker.deadline:
-                self._end(worker, Reply("timeout", None, worker.note), replies)
-
-    def _take(
-        self, worker: _Worker, number: int, kind: str, value: object, replies: dict[int, Reply]
-    ) -> None:
-        if number != worker.number:  # of a process that an earlier call has left behind
-            return
-        if kind == "note":
-            worker.note = value
-        elif kind in ("untimed", "timed"):
-            seconds = STARTUP_S if kind == "untimed" else self.timeout_s
-            worker.deadline = time.monotonic() + seconds
-        elif number == 0:
-            if kind != "value":
-                raise self._cannot_start(str(value))
-            worker.declared, self._has_started = value, True
-        else:
-            replies[worker.call] = Reply(kind, value, worker.note)
-            worker.call = None
-
-    def _cannot_start(self, why: str) -> Exception:
-        """The user's mistake; but the machine's trouble, if it has started before."""
-        return (RunFailure if self._has_started else UserError)(f"task {self.file}: {why}")
-
-    def _end(self, worker: _Worker, reply: Reply, replies: dict[int, Reply]) -> None:
-        if worker.declared is None:
-            what = "takes too long" if reply.kind == "timeout" else "ends its process"
-            raise self._cannot_start(f"importing it {what}")
-        if worker.call is not None:
-            replies[worker.call] = reply
-        self._drop(worker)
+    def _worker(self, number: int) -> _Worker:
+        """Return a thread's worker, or its successor if it has died."""
+        worker = self._workers.get(number)
+        if worker and worker.process.poll() is None:
+            return worker
+        with self._starting:
+            check(not self._closed, f"task {self.file}: its workers were closed")
+            if worker:
+                worker.end()  # its keeper was killed
+            worker = self._workers[number] = _Worker(self.file, self.memory_mb)
+        ready = worker.ask(("load",), STARTUP_S)
+        if ready.kind != "value":
+            ways = {
+                "timeout": "importing it takes too long",
+                "died": "importing it ends its process",
+            }
+            # The user's mistake; but the machine's trouble, if it has started before.
+            kind = RunFailure if self._has_started else UserError
+            raise kind(f"task {self.file}: {ways.get(ready.kind, ready.value)}")
+        self._has_started = True
+        return worker

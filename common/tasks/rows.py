@@ -20,11 +20,10 @@ def read_rows(task: Task, source: str, evaluated: bool) -> Iterator[dict]:
     split for each."""
     known = task.benchmarks if evaluated else task.datasets
     place = known.get(source, source)
-    if source in known and isinstance(place, str):
-        place = str(task.file.parent / place)
     if isinstance(place, str) and place.endswith(FILES):
-        yield from _read_file(Path(place))
-        task.sources[place] = hash_of_source(place)
+        path = task.file.parent / place if source in known else Path(place)
+        yield from read_file(path)
+        task.sources[str(path)] = hash_of_source(str(path))
         return
     if isinstance(place, str):
         place = [part or None for part in (*place.split(":", 2), "", "")[:3]]
@@ -61,15 +60,10 @@ def _read_hub(
         yield from batch.to_pylist()
 
 
-def _read_file(path: Path) -> Iterator[dict]:
+def read_file(path: Path) -> Iterator[dict]:
     check(path.is_file(), f"dataset file {path} does not exist")
     readers = {".parquet": _parquet_rows, ".csv": _csv_rows, ".json": _json_rows}
     return readers.get(path.suffix, _jsonl_rows)(path)
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    check(path.is_file(), f"dataset file {path} does not exist")
-    return list(_jsonl_rows(path))
 
 
 def _jsonl_rows(path: Path) -> Iterator[dict]:
@@ -155,14 +149,15 @@ def _get(row: dict, column: str):
 def name_columns(task: Task, source: str, rows: Sequence[dict], renamed: Sequence[str]) -> None:
     """Put into each row the names that the task asks for: of the column that --columns says, else
     of the first of its usual ones that has a value in any row."""
-    pairs = [pair.partition("=")[::2] for pair in renamed]
-    known = ", ".join(task.columns) or "(none: it defines no columns)"
-    for name, column in pairs:
+    columns = {}
+    for pair in renamed:
+        name, _, column = pair.partition("=")
+        known = ", ".join(task.columns) or "(none: it defines no columns)"
         message = (
-            f"--columns {name}={column}: write NAME=COLUMN, where task {task.name} has the names "
+            f"--columns {pair}: write NAME=COLUMN, where task {task.name} has the names {known}"
         )
-        check(name in task.columns and column != "", message + known)
-    columns = dict(pairs)
+        check(name in task.columns and column != "", message)
+        columns[name] = column
     for name, usual in task.columns.items():
         asked = [columns[name]] if name in columns else usual
         there = (c for c in asked if any(_get(row, c) not in (None, "") for row in rows))

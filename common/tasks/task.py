@@ -9,11 +9,12 @@ The file is imported, and its functions are called, in worker processes only.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from common.run.errors import UserError, check
 from common.run.inputs import task_path
 from common.run.ranks import on_first_of_host, on_first_rank
-from common.tasks.pool import Reply, WorkerPool
+from common.tasks.pool import STARTUP_S, Reply, WorkerPool
 
 OUTCOMES = ("correct", "partial", "wrong", "no_answer", "timeout", "crash")
 
@@ -25,7 +26,7 @@ class Problem:
     text: str  # the user's last message, without the task's instruction
     gold: str = ""  # the right answer, as people are shown it
     key: str = ""  # rows of one key are one problem
-    messages: tuple[dict, ...] = ()  # of the chat, with the task's instruction
+    messages: list[dict] = field(default_factory=list)  # of the chat, with the task's instruction
     row: dict = field(default_factory=dict)  # what grade() gets
     where: str = ""  # dataset and number of the row
     warning: str | None = None
@@ -59,13 +60,19 @@ class Task:
         is_task = self.file.is_file() and self.file.suffix == ".py"
         check(is_task, f"there is no task {name}; give math or a .py file")
         self.sources: dict[str, str | None] = {}  # of the rows read so far: a hash of each
-        self.pool = WorkerPool(self.file)
-        declared = on_first_rank(self.pool.declarations)
+        self.pool = WorkerPool(self.file, STARTUP_S)
+        (declared,) = on_first_rank(lambda: self._values("declarations", [()]))
         self.pool.timeout_s = declared["grade_timeout"] if timeout_s is None else timeout_s
         self.columns: dict[str, Sequence[str]] = declared["columns"]
         self.datasets, self.benchmarks = declared["datasets"], declared["benchmarks"]
         self.functions: list[str] = declared["functions"]
-        self.instruction = declared["instruction"]
+
+    def _values(self, function: str, arguments: Sequence[Sequence]) -> list:
+        """Return what is returned for each of `arguments`; any failure is the user's mistake."""
+        replies = self.pool.call(function, arguments)
+        failed = [reply.value for reply in replies if reply.kind != "value"]
+        check(not failed, f"task {self.name}: {failed and failed[0]}")
+        return [reply.value for reply in replies]
 
     def __enter__(self) -> "Task":
         return self
@@ -89,14 +96,10 @@ class Task:
             if reply.kind != "value":
                 reason = "prompt(row) takes too long" if reply.kind == "timeout" else reply.value
                 raise UserError(f"{where}: task {self.name}: {reason}")
-            if isinstance(reply.value, str):
-                problems.append(reply.value)
-                continue
-            *before, last = reply.value.pop("messages")
-            text = last["content"].strip()
-            asked = f"{text}\n{self.instruction}" if self.instruction else text
-            messages = (*before, last | {"content": asked})
-            problems.append(Problem(text, messages=messages, row=row, where=where, **reply.value))
+            unusable = isinstance(reply.value, str)
+            problems.append(
+                reply.value if unusable else Problem(row=row, where=where, **reply.value)
+            )
         usable = [problem for problem in problems if isinstance(problem, Problem)][:1]
         for tried in self.pool.call("try_grade", [[problem.row] for problem in usable]):
             check(tried.kind != "misuse", f"{usable[0].where}: task {self.name}: {tried.value}")
@@ -104,20 +107,14 @@ class Task:
 
     def keys(self, texts: Sequence[str]) -> list[str]:
         """Return the keys of problems' texts."""
-        replies = self.pool.call("identify", [[text.strip()] for text in texts])
-        failed = [reply.value for reply in replies if reply.kind != "value"]
-        check(not failed, f"task {self.name}: key(text): {failed and failed[0]}")
-        return [reply.value for reply in replies]
+        return self._values("identify", [[text.strip()] for text in texts])
 
     def grade(self, completions: Sequence[str], problems: Sequence[Problem]) -> list[Verdict]:
         """Return one verdict per completion, in order. The ranks of a machine share one pool of
         workers. What is no reward is a crash too."""
-
-        def grade_all(pairs: list[tuple[str, dict]]) -> list[Reply]:
-            return self.pool.call("grade", pairs)
-
         rows = [problem.row for problem in problems]
-        replies = on_first_of_host(grade_all, list(zip(completions, rows, strict=True)))
+        pairs = list(zip(completions, rows, strict=True))
+        replies = on_first_of_host(partial(self.pool.call, "grade"), pairs)
         verdicts = [self._verdict(reply) for reply in replies]
         self._warn(verdicts)
         return verdicts
@@ -147,7 +144,7 @@ class Task:
         if "same" not in self.functions:
             return [one == other for one, other in pairs]
         replies = self.pool.call("same", pairs)
-        failed = [reply.value for reply in replies if reply.kind == "error"]
+        failed = [reply.value for reply in replies if reply.kind not in ("value", "timeout")]
         if failed:
             print(f"task {self.name}: {len(failed)} calls of same() failed ({failed[0]})")
         return [reply.value is True for reply in replies]

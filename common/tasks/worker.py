@@ -19,6 +19,8 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -74,7 +76,8 @@ def children() -> list[int]:
     pids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            if int(stat.read_text("utf-8").rpartition(")")[2].split()[1]) == os.getpid():
+            # A process may call itself anything, in bytes that are no UTF-8 too.
+            if int(stat.read_bytes().rpartition(b")")[2].split()[1]) == os.getpid():
                 pids.append(int(stat.parent.name))
     return pids
 
@@ -99,23 +102,21 @@ class _Channel:
 
 
 channel: _Channel | None = None
-task_file = Path()
 
 
 @contextlib.contextmanager
 def untimed():
     """Leave out the time of an import that a function makes late: it does not count against the
     call's deadline."""
-    if channel is not None:
-        channel.say("untimed", None)
+    say = channel.say if channel else lambda *message: None
+    say("untimed", None)
     yield
-    if channel is not None:
-        channel.say("timed", None)
+    say("timed", None)
 
 
 def work(file: Path, memory_mb: int, scratch: str) -> None:
-    global channel, task_file
-    channel, task_file = _Channel(), file
+    global channel
+    channel = _Channel()
     sys.path[0] = str(ROOT)  # "" would be the scratch folder
     os.chdir(scratch)
     limits = [(resource.RLIMIT_FSIZE, MAX_FILE_BYTES), (resource.RLIMIT_CORE, 0)]
@@ -125,37 +126,25 @@ def work(file: Path, memory_mb: int, scratch: str) -> None:
         hard = resource.getrlimit(kind)[1]
         if hard == resource.RLIM_INFINITY or limit < hard:  # a lower one cannot be raised
             resource.setrlimit(kind, (limit, limit))
-    try:
-        task = load(file)
-        channel.say("value", declarations(task))
-    except BaseException as error:
-        channel.say("misuse" if isinstance(error, Misuse) else "error", text_of(error))
-        os._exit(0)
-    functions = {"describe": describe, "identify": identify, "grade": grade}
-    functions |= {"try_grade": try_grade, "same": same}
+    functions = {"load": lambda: functions.update(functions_of(load(file)))}
     for line in channel.socket.makefile("rb"):
         channel.number, name, *arguments = json.loads(line)
         try:
-            if name in functions:
-                value = functions[name](task, *arguments)
-            else:
-                value = getattr(task, name)(*arguments)
-            kind = "value"
+            kind, value = "value", functions[name](*arguments)
             json.dumps(value)
+        except Misuse as error:
+            kind, value = "misuse", str(error)
         except MemoryError:
             os._exit(1)  # what is left of this process is not to be trusted
         except BaseException as error:
-            kind, value = "misuse" if isinstance(error, Misuse) else "error", text_of(error)
+            kind, value = "error", text_of(error, str(file))
         channel.say(kind, value)
 
 
-def text_of(error: BaseException) -> str:
-    """An exception in one line, with the function of the task file that it came from."""
-    if isinstance(error, Misuse):
-        return str(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename == str(task_file)]
-    where = f" (in {own[-1].name}, line {own[-1].lineno} of {task_file.name})" if own else ""
+def text_of(error: BaseException, file: str) -> str:
+    """Return an exception in one line, with the function of the task file that it came from."""
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    where = f" (in {own[-1].name}, line {own[-1].lineno} of {Path(file).name})" if own else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
 
 
@@ -170,6 +159,12 @@ def load(file: Path):
         if not callable(getattr(task, name, None)):
             raise Misuse(f"it has no function {name}({parameters})")
     return task
+
+
+def functions_of(task) -> dict[str, Callable]:
+    """Return what can be called: the task's own functions, and those here that call them."""
+    own = (declarations, describe, identify, grade, try_grade, same)
+    return vars(task) | {function.__name__: partial(function, task) for function in own}
 
 
 def declarations(task) -> dict:
@@ -189,15 +184,13 @@ def declarations(task) -> dict:
                 pass
             case _:
                 raise Misuse(f"the place of {name!r} is no file and no (hub id, config, split)")
-    instruction = getattr(task, "instruction", "")
-    if not isinstance(instruction, str):
+    if not isinstance(getattr(task, "instruction", ""), str):
         raise Misuse("its instruction is no text")
     grade_timeout = getattr(task, "grade_timeout", 2.0)
     if not isinstance(grade_timeout, int | float) or not 0 < grade_timeout < math.inf:
         raise Misuse("its grade_timeout is no number of seconds")
     functions = [name for name in ("answer", "same") if callable(getattr(task, name, None))]
-    declared = {"instruction": instruction, "grade_timeout": grade_timeout, "functions": functions}
-    return known | declared
+    return known | {"grade_timeout": grade_timeout, "functions": functions}
 
 
 def describe(task, row: dict) -> dict | str:
@@ -210,7 +203,7 @@ def describe(task, row: dict) -> dict | str:
         asked = task.prompt(row)
         gold = task.gold(row) if hasattr(task, "gold") else ""
     except ValueError as error:
-        return text_of(error)
+        return text_of(error, task.__file__)
     messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
     if not _are_messages(messages):
         raise Misuse(
@@ -223,7 +216,10 @@ def describe(task, row: dict) -> dict | str:
     if not is_unicode("".join(message["content"] for message in messages) + str(gold)):
         return "half a surrogate pair"
     warning = task.check(row) if hasattr(task, "check") else None
-    return {"messages": messages, "key": key, "gold": str(gold), "warning": warning}
+    instruction = getattr(task, "instruction", "")
+    asked = f"{text}\n{instruction}" if instruction else text
+    messages = [*messages[:-1], messages[-1] | {"content": asked}]
+    return {"text": text, "gold": str(gold), "key": key, "messages": messages, "warning": warning}
 
 
 def is_unicode(text: str) -> bool:
