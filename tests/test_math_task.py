@@ -148,7 +148,7 @@ x=\sqrt{36-30} => x=\sqrt6   x=\sqrt{12}+\sqrt{27} => x=5\sqrt3   V=\pi\cdot2^2\
 x \ne 2-1 => x \ne 1   (1+2, \frac{\pi}{2}) => (3, \frac{\pi}{2})   2x+3x => 5x
 \frac{2x+4}{2} => x+2   \sqrt{16}+x => 4+x   (-k+4)+(-2+3k) => 2k+2
 \frac{\sec x}{\sin x}-\frac{\sin x}{\cos x} => \cot x   \frac{(10r^3)(4r^6)}{8r^4} => 5r^5
-\lim_{h\to0}\frac{(x+h)^2-x^2}{h} => 2x   f(x)=x^2+x^2 => f(x)=2x^2
+\lim_{h\to0}\frac{(x+h)^2-x^2}{h} => 2x
 \frac{1}{2\cdot2} => \frac { 1 } { 4 }   2^{-2} => \frac { 1 } { 4 }
 """
 ANOTHER = r"""
@@ -196,12 +196,19 @@ y-2x=3 => y=2x+3   137\frac{1}{2}\ \mathrm{square\ yards} => 137.5   \$12 \text{
 12 => \textbf{(E)}\ 12   12^{\mathrm{th}} => 12   a=-2, b=-2 => -2,-2   pi/2 => \frac{\pi}{2}
 12dollars => 12   \frac{a+b}c => \frac{a+b}{c}   0.\overline{3} => \frac13   x>3 => (3,\infty)
 12 \text{ m} => 12   0.3333333 => 1/3   -x > -1 => x < 1   \frac{1}{2} => 50\%   1000,99 => 1000.99
-1.22 => 1,22   0.111 => 0,111   (5,2),(7,2) => p=5,q=2;p=7,q=2   14.0-1.0i => 14-i   -(r-R) => R-r
-y=2, x=1 => x=1, y=2   (3, 120) => (3,120)   1, 120 => \{1,120\}
-(2, 12.0) \cup (12, 102) => (2,12)\cup(12,102)   \boxed{19} => 19   19°C => 19   x = \pm 2 => -2, 2
-0.\dot{3} => \frac13   (a) => A   \frac { 1 } { 4 } => \frac{1}{4}
-1+\sqrt{19}, 1-\sqrt{19} => 1 \pm \sqrt{19}   (1, \frac{\pi}{2}) => (1,\pi/2)
+1.22 => 1,22   0.111 => 0,111   4x-2y+6=0 => y=2x+3
+\frac{1}{2}+\frac{\sqrt3}{4} => \frac{2+\sqrt3}{4}   \frac{\sin x}{\cos x} => \tan x
+(5,2),(7,2) => p=5,q=2;p=7,q=2   14.0-1.0i => 14-i   -(r-R) => R-r   y=2, x=1 => x=1, y=2
+(3, 120) => (3,120)   1, 120 => \{1,120\}   (2, 12.0) \cup (12, 102) => (2,12)\cup(12,102)
+\boxed{19} => 19   19°C => 19   x = \pm 2 => -2, 2   0.\dot{3} => \frac13   (a) => A
+\frac { 1 } { 4 } => \frac{1}{4}   1+\sqrt{19}, 1-\sqrt{19} => 1 \pm \sqrt{19}
+(1, \frac{\pi}{2}) => (1,\pi/2)
 \begin{pmatrix}x+1\\2\end{pmatrix} => \begin{pmatrix}1+x\\2\end{pmatrix}
+"""
+STILL_PAID = r"""
+x+x => 2x   ab+5b+2a+10 => (a+5)(b+2)   x^2+y^2-2x=0 => (x-1)^2+y^2=1   f(x)=x^2+x^2 => f(x)=2x^2
+\frac{1}{\sqrt2-1} => \sqrt2+1   \frac{2}{\sqrt5-1} => \frac{\sqrt5+1}{2}   \frac{\pi}{1/9} => 9\pi
+\frac{3}{20} => 0.15   84/144 => \frac{7}{12}   25 \times 10^2 => 2500   600\% => 6
 """
 UNICODE = r"""
 √2 => \sqrt{2}   x²+1 => x^2+1   10³ => 1000   ½ => 0.5   3½ => 3.5   (−∞, 3] => (-\infty,3]
@@ -237,11 +244,7 @@ def test_unicode_in_gold_answers_and_zero_width_spaces(task):
 
 def test_what_can_still_be_paid_for(task):
     """The price of judging texts instead of trees: docs/verifier.md counts it."""
-    table = pairs(r"x+x => 2x   ab+5b+2a+10 => (a+5)(b+2)   x^2+y^2-2x=0 => (x-1)^2+y^2=1")
-    table += pairs(
-        r"\frac{2}{\sqrt5-1} => \frac{\sqrt5+1}{2}   \frac{3}{20} => 0.15   84/144 => 7/12"
-    )
-    assert all(verdicts(task, table).values())
+    assert all(verdicts(task, pairs(STILL_PAID)).values())
 
 
 @pytest.mark.parametrize(

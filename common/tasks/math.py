@@ -358,7 +358,7 @@ _MEASURED = re.compile(
     | (?<![a-z])(?:{_SHORT})s?(?![a-z]) | (?<=[a-z]/)[a-z] ) (?:\s*\^\s*\{{?-?\d\}}?)? )* )"""
 )
 _NO_UNIT = re.compile(  # what makes a number another one
-    r"(?i)\b(?:and|or|not|plus|minus|more|less|times|over|by|squared|cubed|choose|mod|pi|half|dozen"
+    r"(?i)\b(?:and|or|is|not|plus|minus|more|less|times|over|by|squared|cubed|choose|mod|pi|half|dozen"
     r"|hundred|thousand|[a-z]*illion)\b"
 )
 _NAME = re.compile(r"\s*([A-Za-z])\s*=")
@@ -420,7 +420,9 @@ _NUMERAL = re.compile(r"\d+\.?\d*|\.\d+")
 _VARIABLE = re.compile(
     r"(?<![\\A-Za-z])(?!(?:[ei]|sin|cos|tan|log|ln|exp|sqrt)(?![A-Za-z]))[A-Za-z]"
 )
-_SYMBOLS = re.compile(r"\\[A-Za-z]+|[A-Za-z]+|[\d.]+|[-+/^!(|]|\*(?![A-Za-z])")
+_SYMBOLS = re.compile(  # all but fraction bars, and products with a letter
+    r"\\(?!frac)[A-Za-z]+|(?<![\\A-Za-z])[A-Za-z]+|[\d.]+|[-+/^!(|]|\*(?![A-Za-z])"
+)
 
 
 def _is_same_expression(answer: str, gold: str) -> bool:
@@ -447,9 +449,8 @@ def _is_finished(answer: str, gold: str) -> bool:
     r"""Tell whether an answer such as `5\sqrt{3}` or `2x` has no larger numeral than the gold
     answer, and one symbol more at most, with variables two. Equations and products have many forms.
     """
-    value = _LABELS.sub("", gold)
-    variables = bool(_VARIABLE.search(value))
-    if variables and re.search(r"[=(<>]|\\[lg]e(?![a-z])", value):
+    variables = bool(_VARIABLE.search(_LABELS.sub("", gold)))
+    if variables and re.search(r"[=(<>]|\\[lg]e(?![a-z])", gold):
         return True
     largest = [max([1, *map(float, _NUMERAL.findall(text))]) for text in (answer, gold)]
     more = len(_SYMBOLS.findall(answer)) - len(_SYMBOLS.findall(gold))
