@@ -290,6 +290,8 @@ def test_duplicates_conflicts_and_contamination(task, tmp_path, capsys):
         ("6 × 3", "6 − 3", False),
         ("6 ÷ 3", "6 − 3", False),
         ("2*(3+4)", "(2*3)+4", False),
+        ("f'(2)", "f(2)", False),
+        (r"\dfrac{1}{2}", r"\frac{1}{2}", True),
         ("0.5*4", "0 5*4", False),
         ("x ≤ 3", "x ≥ 3", False),
         ("x ≤ 3", r"$x \leq 3$", True),

@@ -149,10 +149,13 @@ def test_quick_ends_with_the_hours_of_the_whole(tmp_path, capsys):
     stage.folder.mkdir(parents=True)
     least = seconds_of(stage, H100, machine_of(1))
     stage.manifest.write_text(json.dumps({"seconds": 3 * least}))
-    print_extrapolation(quick, whole, H100, machine_of(1))
+    machine = machine_of(1)
+    print_extrapolation(quick, whole, H100, machine)
     (stage,) = [stage for stage in whole if stage.name == "cold"]
-    expected = in_words(3 * seconds_of(stage, H100, machine_of(1)))
+    expected = in_words(3 * seconds_of(stage, H100, machine))
     assert f"would train for {expected} (at most" in capsys.readouterr().out
+    print_extrapolation(quick, whole, None, replace(machine, gpu=None))  # small models on a CPU
+    assert "would train for" in capsys.readouterr().out
 
 
 # === --trained_teacher ===

@@ -5,6 +5,7 @@ reaches these limits: half of them is good. Lengths are not known before a run: 
 a quarter of --max_new_tokens long, prompts as PROMPT tokens.
 """
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ LONG = 3 * 86_400  # seconds
 
 
 class Gpu(NamedTuple):
-    """Dense bfloat16 FLOP/s with float32 accumulation, and bytes/s of its memory."""
+    """The limits of a GPU: dense bfloat16 FLOP/s, summed in float32, and bytes/s of its memory."""
 
     flops: float
     bandwidth: float
@@ -39,8 +40,8 @@ GPUS = {
 
 
 def seconds_of(stage: Stage, gpu: Gpu, machine: Machine) -> float:
-    """Return the least seconds of a training stage on GPUs. Raises UserError for models whose
-    config cannot be read."""
+    """Return the least seconds of a training stage at a GPU's limits. Raises UserError for models
+    whose config cannot be read."""
     args = stage.args()
     length, prompt = args.max_new_tokens // QUARTER, min(PROMPT, args.max_prompt_tokens)
     args = replace(args, max_new_tokens=length, max_prompt_tokens=prompt)
@@ -49,7 +50,8 @@ def seconds_of(stage: Stage, gpu: Gpu, machine: Machine) -> float:
     completions = most_tokens(stage, args)[0]
     of_token = 2 * shape.layers * shape.kv  # bytes of its keys and values
     context = prompt + length / 2  # on average
-    room = args.vllm_gpu_memory * machine.gpu - 2 * shape.params / args.tensor_parallel
+    room = args.vllm_gpu_memory * (machine.gpu or math.inf)  # a CPU is not planned
+    room -= 2 * shape.params / args.tensor_parallel
     of_engine = args.prompts_per_step * args.group_size / machine.all_ranks * args.tensor_parallel
     at_once = min(
         args.vllm_sequences,

@@ -19,7 +19,7 @@ MOST_ON_CPU = 1e9  # parameters
 
 @dataclass(frozen=True)
 class Facts:
-    """What decides whether a machine's GPUs can be used, as nvidia-smi and torch tell it."""
+    """The facts that decide whether a machine's GPUs can be used, by nvidia-smi and torch."""
 
     usable: bool = False  # by this torch
     listed: str = ""  # name and driver of each
