@@ -179,9 +179,10 @@ def check_args(args: Args) -> None:
 
 def check_folder(folder: Path) -> None:
     """The report must not replace the files of another run."""
-    empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    # One that was killed at once has left a folder of no files.
+    is_empty = not folder.is_file() and all(path.is_dir() for path in folder.rglob("*"))
     is_study = any((folder / "base").glob("eval_*"))
-    check(empty or is_study, f"{folder} exists and is no study's; choose another --output_dir")
+    check(is_empty or is_study, f"{folder} exists and is no study's; choose another --output_dir")
 
 
 def check_finished(stages: list) -> None:

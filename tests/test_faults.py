@@ -325,11 +325,10 @@ def test_the_workflow_killed_in_each_stage(tmp_path):
     """Killed some random time after each stage began, continued each time; ends like one that was
     not killed."""
     print(f"seed: {SEED}")
-    rng, folder, killed = random.Random(SEED), tmp_path / "killed", []
+    rng, folder, killed, waited = random.Random(SEED), tmp_path / "killed", [], 0
     finish(tmp_path / "whole")
-    while True:
+    while len(killed) < 12:
         process = begin("bridge", folder, *TINY)
-        process.stderr.close()
         for line in process.stdout:
             name = line.removeprefix("# ").strip()
             if line.startswith("# ") and "finished before" not in line and name not in killed:
@@ -338,10 +337,15 @@ def test_the_workflow_killed_in_each_stage(tmp_path):
                 killed.append(name)
                 break
         process.stdout.close()
-        process.wait()
-        time.sleep(0.5)
-        if process.returncode == 0 or len(killed) == 12:
+        with process.stderr:
+            errors = process.stderr.read()
+        if process.wait() == 0:
             break
+        if process.returncode != -signal.SIGKILL:
+            waited += 1
+            assert "another process is writing" in errors, errors
+            assert waited < 60
+        time.sleep(0.5)
     finish(folder)
     assert len(killed) >= 8  # some end before they are killed
     whole = tmp_path / "whole" / "seed_0"
@@ -349,6 +353,18 @@ def test_the_workflow_killed_in_each_stage(tmp_path):
         if path.parent.name == "final":
             twin = folder / "seed_0" / path.relative_to(whole)
             assert twin.read_bytes() == path.read_bytes(), path
+
+
+def test_a_folder_of_a_run_that_was_killed_at_once_is_its_own(tmp_path):
+    """A kill or a signal while the first file is written leaves half of it, under another name."""
+    run, study = tmp_path / "run", tmp_path / "study"
+    run.mkdir()
+    (run / "config.json.tmp").write_text('{"seed"')
+    (study / "base").mkdir(parents=True)
+    for script, folder, flags in (("opd", run, SMALL), ("bridge", study, [*TINY, "--dry_run"])):
+        process = begin(script, folder, *flags)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
 
 
 def test_a_signal_to_the_workflow_reaches_its_stage(tmp_path):

@@ -56,7 +56,8 @@ def claim_folder(folder: Path, config: dict[str, object], args_type: type) -> No
             write_json(path, old | {"sources": config["sources"]})
         return
     if folder.exists():
-        empty = folder.is_dir() and not any(folder.iterdir())
+        # One that was killed here has left half a config.json.
+        empty = folder.is_dir() and all(p.name == "config.json.tmp" for p in folder.iterdir())
         check(empty, f"{folder} exists and is no run's folder; choose another --output_dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
