@@ -226,6 +226,7 @@ def test_one_gpu_of_80_gb_needs_one_flag_which_is_named(capsys):
         for kind in ("teacher_grpo", "fkl_warmup", "opd", "student_grpo"):
             assert 0.2 < float(settings_of(printed, kind)["vllm_gpu_memory"]) <= 0.85
     assert "# memory of teacher_grpo of Qwen/Qwen3-8B, GB for each of 4 ranks: computed" in printed
+    assert "# disk: at most 435 GB of checkpoints, final models and rollouts" in printed
 
 
 @pytest.mark.usefixtures("no_network")

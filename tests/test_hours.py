@@ -66,6 +66,9 @@ def test_a_gpu_is_known_by_its_name_or_by_a_flag():
     assert gpu_of("Quadro P400, 580.65", None) is None
     assert gpu_of("Quadro P400, 580.65", 98.9) == pytest.approx((98.9e12, 3.35e11))
     assert gpu_of("", 165) == GPUS["4090"]
+    assert gpu_of("NVIDIA H100 PCIe, 580.65", None) == GPUS["H100 PCIe"]
+    assert gpu_of("NVIDIA A100-SXM4-80GB, 580.65", None) == GPUS["A100"]
+    assert gpu_of("NVIDIA A100-SXM4-40GB, 580.65", None).bandwidth == 1.555e12
     mixed = gpu_of("NVIDIA H200, 580.65; NVIDIA L40S, 580.65", None)
     assert mixed == GPUS["L40S"]  # ranks wait for one another
 

@@ -82,9 +82,9 @@ def lists(monkeypatch, tmp_path, *rows: str) -> None:
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
 
 
-V100 = "16384, 16000, 7.0, Tesla V100-SXM2-16GB, 550.54.15"
-BUSY = "81920, 8192, 9.0, NVIDIA H100 80GB HBM3, 580.65.06"
-FREE = "81920, 81920, 9.0, NVIDIA H100 80GB HBM3, 580.65.06"
+V100 = "[N/A], 16384, 16000, 7.0, Tesla V100-SXM2-16GB, 550.54.15"
+BUSY = "Disabled, 81920, 8192, 9.0, NVIDIA H100 80GB HBM3, 580.65.06"
+FREE = "Disabled, 81920, 81920, 9.0, NVIDIA H100 80GB HBM3, 580.65.06"
 
 
 def test_the_fullest_gpu_and_every_name_are_seen(monkeypatch, tmp_path):
@@ -107,12 +107,27 @@ def test_only_visible_gpus_count(monkeypatch, tmp_path):
 
 
 def test_what_nvidia_smi_does_not_know_is_left_open(monkeypatch, tmp_path):
-    """A DGX Spark shares its memory with the processor; a slice of a GPU has no field at all."""
+    """A DGX Spark shares its memory with the processor."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    lists(monkeypatch, tmp_path, "[N/A], [N/A], 12.1, NVIDIA GB10, 580.95")
+    lists(monkeypatch, tmp_path, "[N/A], [N/A], [N/A], 12.1, NVIDIA GB10, 580.95")
     facts = look()
     assert (facts.listed, facts.memory, facts.free) == ("NVIDIA GB10, 580.95", None, 1.0)
     assert facts.capability == 12.1
+
+
+def test_slices_of_a_gpu_are_not_the_whole_of_it(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    lists(monkeypatch, tmp_path, FREE.replace("Disabled", "Enabled"))
+    assert (look().listed, look().memory) == ("", None)
+
+
+def test_a_driver_that_does_not_know_every_field_is_named(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    lists(monkeypatch, tmp_path, "Tesla V100-SXM2-16GB, 418.87")
+    facts = look()
+    assert (facts.listed, facts.memory) == ("Tesla V100-SXM2-16GB, 418.87", None)
+    with pytest.raises(UserError, match="V100-SXM2-16GB, 418.87, which torch .* update the driver"):
+        check_gpu("cuda", "float32", facts)
 
 
 def test_a_broken_nvidia_smi_is_none(monkeypatch, tmp_path):

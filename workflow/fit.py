@@ -268,6 +268,8 @@ def check_fit(args, machine: Machine, stages: list[Stage]) -> tuple[list, list, 
         rows.append([*cells, "NO" if problem else "yes"])
         of_model = f"{stage.kind} of {model}, GB for each of {machine.all_ranks} ranks"
         details.append(f"\n# memory of {of_model}: computed\n{need.plan.table(machine.gpu)}")
+    if disk:
+        details.append(f"\n# disk: at most {_gb(disk)} of checkpoints, final models and rollouts")
     folder = next(f for f in (Path(args.output_dir) / "x").absolute().parents if f.exists())
     free = shutil.disk_usage(folder).free
     if disk > free and not machine.elsewhere:

@@ -28,10 +28,13 @@ class Gpu(NamedTuple):
 
 
 # From NVIDIA's data sheets; those of the data-centre GPUs print twice as many FLOP/s, of sparse
-# matrices. A name of nvidia-smi contains one of these.
+# matrices. A name of nvidia-smi contains one of these, or two: then the lesser counts.
 GPUS = {
     "A100": Gpu(312e12, 2.04e12),
+    "A100-PCIE-40GB": Gpu(312e12, 1.555e12),
+    "A100-SXM4-40GB": Gpu(312e12, 1.555e12),
     "H100": Gpu(989e12, 3.35e12),
+    "H100 PCIe": Gpu(756e12, 2.0e12),
     "H200": Gpu(989e12, 4.8e12),
     "B200": Gpu(2250e12, 8.0e12),
     "L40S": Gpu(362e12, 0.864e12),

@@ -53,17 +53,30 @@ def look() -> Facts:
 
 
 def _rows_of_nvidia_smi() -> list[list[str]]:
-    """Return memory, free memory, compute capability, and name with driver, of each visible GPU."""
+    """Return memory, free memory, compute capability, and name with driver, of each visible GPU
+    that is whole. Of a GPU in MIG mode torch alone knows its slices."""
+    whole = _ask_nvidia_smi("mig.mode.current,memory.total,memory.free,compute_cap,name")
+    if whole:
+        return [fields for mig, *fields in whole if mig != "Enabled"]
+    # An old driver refuses fields that it does not know.
+    return [["", "", "", row[0]] for row in _ask_nvidia_smi("name")]
+
+
+def _ask_nvidia_smi(fields: str) -> list[list[str]]:
+    """Return the fields of each visible GPU, the driver's version with the last one; no rows
+    without the tool, or if it does not know a field."""
     tool, visible = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")
     if tool is None or visible == "":
         return []
-    query = "--query-gpu=memory.total,memory.free,compute_cap,name,driver_version"
-    command = [tool, query, "--format=csv,noheader,nounits", *(["-i", visible] if visible else [])]
+    command = [tool, f"--query-gpu={fields},driver_version", "--format=csv,noheader,nounits"]
+    command += ["-i", visible] if visible else []
     try:
         done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return [line.split(", ", 3) for line in done.stdout.splitlines() if line.count(", ") == 4]
+    commas = fields.count(",")
+    lines = [line for line in done.stdout.splitlines() if line.count(", ") == commas + 1]
+    return [line.split(", ", commas) for line in lines]
 
 
 def _number(text: str) -> float | None:
