@@ -126,7 +126,9 @@ for name in ("forward", "backward"):
 """
 
 
-@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize(
+    "architecture", [80, *(pytest.param(n, marks=pytest.mark.slow) for n in (90, 100))]
+)
 def test_the_kernels_compile_without_spills(architecture, tmp_path):
     import triton
 

@@ -332,6 +332,7 @@ def test_labelled_answers_of_other_projects():
     assert report["rows_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_false_negatives_are_shown():
     (report,) = grade_file()
     shown = [row for row in grade_file("--show", "fn") if not row["review"]]

@@ -29,6 +29,7 @@ def fork(*words: object) -> tuple[int, str]:
     return process.exitcode, output.decode()
 
 
+@pytest.mark.slow
 def test_a_forked_stage_ends_like_the_same_command_by_hand(tmp_path):
     for script in ("grpo", "opd"):
         flags = [*SMALL, "--num_steps", "2", "--output_dir"]
@@ -175,6 +176,7 @@ start(main, Args, "")
 """
 
 
+@pytest.mark.faults
 def test_ctrl_c_while_the_warm_python_starts(tmp_path):
     """It reaches the whole group of processes: one line, and no stage is left."""
     loading, pid = tmp_path / "loading", tmp_path / "pid"
@@ -197,6 +199,7 @@ def test_ctrl_c_while_the_warm_python_starts(tmp_path):
             os.kill(int(pid.read_text()), 0)
 
 
+@pytest.mark.faults
 def test_a_killed_workflow_leaves_no_server_and_no_stage(tmp_path):
     """SIGKILL: the socket closes, the server stops what runs, and ends."""
     stopped = tmp_path / "stopped"

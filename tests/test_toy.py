@@ -57,6 +57,7 @@ def reports(task):
     return {name: make.report(TOY / name, problems) for name in ("teacher", "student")}
 
 
+@pytest.mark.slow
 def test_there_is_something_to_discover(reports):
     teacher, student = reports["teacher"], reports["student"]
     print(json.dumps(reports))
