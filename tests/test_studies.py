@@ -1,9 +1,10 @@
 """The studies around bridge.py: the law against draws, discovery and shared teachers on made-up
-runs; the map and the warmups as whole commands, with tiny stages."""
+runs; each study as a whole command, with tiny stages."""
 
 import json
 import os
 import random
+import re
 import signal
 
 import pytest
@@ -12,8 +13,9 @@ from conftest import SEED
 from common.run.errors import UserError
 from common.run.process import STOP, Stopped
 from common.statistics import t_interval
+from toy import allocation, studies, variants, warmups
 from toy import map as toy_map
-from toy import studies, warmups
+from workflow.presets import ours
 
 
 def test_expected_steps_are_those_of_draws():
@@ -106,14 +108,18 @@ def tiny(monkeypatch):
     """Two steps a stage, eight problems, and the shipped student, whatever its use."""
     real, calls = studies.bridge, []
 
-    def bridge(folder, seeds, flags):
+    def bridge(folder, seeds, flags, tree=None):
         calls.append(folder)
         small = ["--num_steps", "2", "--prompts_per_step", "2", "--group_size", "4"]
-        return real(folder, seeds, [*flags, *small, "--num_samples", "2", "--num_problems", "32"])
+        small += ["--num_samples", "2", "--num_problems", "32"]
+        return real(folder, seeds, [*flags, *small], tree)
 
-    for module in (toy_map, warmups):
+    for module in (toy_map, warmups, allocation, variants):
         monkeypatch.setattr(module, "bridge", bridge)
-        monkeypatch.setattr(module, "make_student", lambda use, folder: "toy/student")
+    for module in (toy_map, warmups, variants):
+        monkeypatch.setattr(
+            module, "make_student", lambda use, folder, shape="student": f"toy/{shape}"
+        )
     return calls
 
 
@@ -146,3 +152,38 @@ def test_the_warmups_run_and_share_the_steps(tiny, tmp_path, capsys):
         preset = json.loads((tmp_path / f"warmup_{length}.json").read_text())
         assert sum(settings["num_steps"] for settings in preset.values()) == warmups.STEPS
         assert preset["fkl_warmup"]["num_steps"] == length
+
+
+@pytest.mark.slow
+def test_the_allocations_run(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(allocation, "SAMPLES", (16, 1))
+    monkeypatch.setattr(allocation, "HORIZONS", (8,))
+    monkeypatch.setattr(allocation, "evaluate", lambda model, folder: float(model.exists()))
+    allocation.main(allocation.Args(output_dir=tmp_path, seeds=(1,)))
+    printed = capsys.readouterr().out
+    for row in ("12 x 16", "192 x 1", "192 x 1 of the same 288", "8 tokens", "64 tokens"):
+        assert re.search(rf"^\| {row} +\| \d", printed, re.MULTILINE)
+    met = (tmp_path / "pool_same" / "seed_1.jsonl").read_text().splitlines()
+    assert len(met) == 4  # two steps of two prompts
+    config = json.loads((tmp_path / "pool_same" / "seed_1" / "opd" / "config.json").read_text())
+    assert (config["training_problems"], config["prompts_per_step"], config["group_size"]) == (
+        4,
+        192,
+        1,
+    )
+    config = json.loads((tmp_path / "horizon_8" / "seed_1" / "opd" / "config.json").read_text())
+    assert config["max_new_tokens"] == 8
+
+
+@pytest.mark.slow
+def test_the_variants_run_in_copies_of_the_tree(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(variants.VARIANTS, "progressive_horizon")
+    monkeypatch.setitem(variants.TOY, "opd", {"num_steps": ours(2), "group_size": ours(2)})
+    monkeypatch.setattr(variants, "evaluate", lambda model, folder: float(model.exists()))
+    variants.main(variants.Args(output_dir=tmp_path, seeds=(1,)))
+    printed = capsys.readouterr().out
+    for name in ("opd.py as it is", "shift_target", "self_distillation"):
+        assert re.search(rf"^\| {name} +\| \d", printed, re.MULTILINE)
+    assert re.search(r"^\| self_distillation +\| 1.0 ", printed, re.MULTILINE)
+    config = json.loads((tmp_path / "shift_target" / "seed_1" / "opd" / "config.json").read_text())
+    assert config["teacher_base"] == "toy/teacher"

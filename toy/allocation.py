@@ -12,9 +12,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.run.errors import check
 from common.run.process import start
 from common.tasks.rows import read_file
-from toy.studies import bridge, difference, mean_and_interval, run, share_teachers
+from toy.studies import bridge, difference, evaluate, mean_and_interval, run, share_teachers
 from workflow.presets import as_words, script_args
 from workflow.report import markdown
 
@@ -54,34 +55,26 @@ def measure(args: Args, name: str, warmup: dict, opd: dict) -> dict[str, list[fl
 def opd_again(args: Args, seed: int, of_the_same: bool) -> float:
     """OPD with 192 x 1 in place of the 12 x 16 that samples_16 has run: of the problems that it met
     there, or of all. Returns avg@16 in %."""
-    there = args.output_dir / "samples_16" / f"seed_{seed}"
+    there = args.output_dir / "samples_16" / f"seed_{seed}" / "opd"
     folder = args.output_dir / f"pool_{'same' if of_the_same else 'all'}" / f"seed_{seed}"
-    changes = sizes(1) | {"output_dir": folder / "opd"}
+    config = json.loads((there / "config.json").read_bytes())
+    flags = {name: config[name] for name in script_args("opd").__dataclass_fields__}
+    flags |= sizes(1) | {"output_dir": folder / "opd"}
     if of_the_same:
-        steps = sorted((there / "opd" / "rollouts").glob("step_*.jsonl"))
-        rows = {row["problem"]: row["answer"] for file in steps for row in read_file(file)}
-        assert len(rows) == len(steps) * COMPLETIONS // 16, "a problem came twice"
-        changes |= {"dataset": write_pool(rows, folder.with_suffix(".jsonl")), "split": "all"}
-    run(["opd.py", *words_of(there / "opd", "opd", changes)])
-    changes = {"model": folder / "opd" / "final", "output_dir": folder / "eval_opd"}
-    run(["evaluate.py", *words_of(there / "eval_opd", "evaluate", changes)])
-    results = json.loads((folder / "eval_opd" / "results.json").read_bytes())
-    return 100 * results["benchmarks"]["toy"]["accuracy"]
+        files = (there / "rollouts").glob("step_*.jsonl")
+        met = {row["problem"]: row["answer"] for file in files for row in read_file(file)}
+        check(len(met) == config["num_steps"] * config["prompts_per_step"], f"{there} lacks some")
+        flags |= {"dataset": write_pool(met, folder.with_suffix(".jsonl")), "split": "all"}
+    named = {name: value for name, value in flags.items() if value not in (None, [])}
+    run(["opd.py", *(word for name, value in named.items() for word in as_words(name, value))])
+    return evaluate(folder / "opd" / "final", folder / "eval_opd")
 
 
-def write_pool(rows: dict[str, str], path: Path) -> Path:
+def write_pool(golds: dict[str, str], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"problem": problem, "answer": gold}) for problem, gold in rows.items()]
+    lines = [json.dumps({"problem": problem, "answer": gold}) for problem, gold in golds.items()]
     path.write_text("\n".join(lines), "utf-8")
     return path
-
-
-def words_of(finished: Path, kind: str, changes: dict) -> list[str]:
-    """Return the command line of a finished run, with changes."""
-    config = json.loads((finished / "config.json").read_bytes()) | changes
-    values = {name: config[name] for name in script_args(kind).__dataclass_fields__}
-    values = {n: v for n, v in values.items() if v not in (None, [])}
-    return [word for name, value in values.items() for word in as_words(name, value)]
 
 
 # === main ===

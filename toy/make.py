@@ -81,7 +81,7 @@ class Args:
     seed: int = 1
     """seed of the problems and of the training"""
     use: float | None = None
-    """with --only student: tune the shipped one to begin step by step in this share of answers"""
+    """with --only: tune the shipped model to begin step by step in this share of its answers"""
     output_dir: Path = HERE
     """where train.jsonl, test.jsonl, teacher/ and student/ are written"""
 
@@ -265,8 +265,8 @@ def report(folder: Path, problems: list[Problem]) -> dict[str, float]:
 
 
 def main(args: Args) -> None:
-    tunes_another = args.only == "student" and args.output_dir.resolve() != HERE
-    check(args.use is None or tunes_another, "--use needs --only student and an --output_dir")
+    tunes_another = args.only in RECIPES and args.output_dir.resolve() != HERE
+    check(args.use is None or tunes_another, "--use needs --only teacher, or student, and a folder")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if args.only in ("all", "data"):
         make_data(args)

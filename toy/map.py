@@ -10,6 +10,7 @@ and law.png: a success, that is, a right answer step by step, falls in a step of
 with probability 1 - (1 - p)^(P G), so cold GRPO should see one after about 1 / (P G p) steps.
 """
 
+import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +38,15 @@ import matplotlib.pyplot as plt  # noqa: E402  behind the choice of a backend
 ROWS = {
     "cold": "cold/cold",
     "raw_teacher": "raw_teacher/raw_teacher_opd",
+    "raw_then_grpo": "raw_then_grpo/raw_teacher_grpo",
     "opd_only": "opd_only/opd_only_grpo",
     "half": "half/student_grpo",
     "full": "full/full_opd",
     "cold_matched_tokens": "cold_matched_tokens/cold_matched_tokens",
     "cold_matched_flops": "cold_matched_flops/cold_matched_flops",
 }
+# Cold GRPO's rate is chosen for each student, on seeds of its own.
+COLD_RATES, CHOICE_SEEDS = (1e-4, 2e-4, 4e-4, 8e-4), (101, 102)
 DIFFERENCES = {  # of two rows that have spent the same of something; half has spent fewer FLOPs
     "labels: half - cold": ("half", "cold"),
     "tokens: full - cold": ("full", "cold_matched_tokens"),
@@ -83,12 +87,29 @@ def measure(args: Args, use: float) -> Point:
     for other in sorted(args.output_dir.glob("use_*/results.json")):
         share_teachers(other.parent, folder)
     student = make_student(use, args.output_dir / "students" / f"{use:g}")
-    flags = ["--student", student, "--jobs", str(args.jobs), "--routes", *ROWS]
+    flags = ["--student", student, "--jobs", str(args.jobs)]
+    best = max(COLD_RATES, key=lambda rate: statistics.fmean(cold_at(rate, folder, flags)))
+    print(f"use {use:g}: cold GRPO at {best:g}")
+    flags += ["--preset", str(preset_of(best, folder)), "--routes", *ROWS]
     bridge(folder, args.seeds, flags)
     evaluated = folder / "base" / "eval_untrained_student" / "samples" / "toy.jsonl"
     samples = list(read_file(evaluated))
     prior = statistics.fmean(is_step_by_step(row["completion"]) for row in samples)
     return Point(100 * prior, 100 * statistics.fmean(map(is_success, samples)), folder)
+
+
+def preset_of(rate: float, folder: Path) -> Path:
+    """Return a file that sets cold GRPO's rate."""
+    preset = folder.parent / f"cold_{rate:g}.json"
+    preset.write_text(json.dumps({"cold_grpo": {"learning_rate": rate}}), "utf-8")
+    return preset
+
+
+def cold_at(rate: float, folder: Path, flags: list[str]) -> list[float]:
+    """Return what cold GRPO reaches at a rate, on the seeds of the choice."""
+    flags = [*flags, "--preset", str(preset_of(rate, folder)), "--routes", "cold"]
+    chosen = folder.with_name(f"{folder.name}-cold_{rate:g}")
+    return bridge(chosen, CHOICE_SEEDS, flags).accuracy(ROWS["cold"])
 
 
 def is_success(row: dict) -> bool:

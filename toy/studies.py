@@ -19,32 +19,55 @@ from common.statistics import t_interval
 TEACHERS = ("teacher_grpo", "full_teacher_grpo")
 
 
-def make_student(use: float, folder: Path) -> str:
-    """The shipped student, tuned to begin step by step in the share `use` of its answers."""
-    student, record = folder / "student", folder / "made_of.json"
-    made_of = {"use": use, "student": hash_of_model("toy/student")}
+def make_student(use: float, folder: Path, shape: str = "student") -> str:
+    """The shipped student, tuned to begin step by step in the share `use` of its answers; or with
+    the shape "teacher" the shipped teacher, as a student of the teacher's skill."""
+    student, record = folder / shape, folder / "made_of.json"
+    made_of = {"use": use, shape: hash_of_model(f"toy/{shape}")}
     if not record.exists():
-        run(["-m", "toy.make", "--only", "student", "--use", str(use), "--output_dir", str(folder)])
+        run(["-m", "toy.make", "--only", shape, "--use", str(use), "--output_dir", str(folder)])
         write_json(record, made_of)
     same = json.loads(record.read_text("utf-8")) == made_of
-    check(same, f"{student} was made of another toy/student; choose another --output_dir")
+    check(same, f"{student} was made of another toy/{shape}; choose another --output_dir")
     return str(student)
 
 
-def bridge(folder: Path, seeds: tuple[int, ...], flags: list[str]) -> "Results":
-    """bridge.py, without the stages that are finished."""
-    run(["bridge.py", "--output_dir", str(folder), "--seeds", *map(str, seeds), *flags])
+def bridge(
+    folder: Path, seeds: tuple[int, ...], flags: list[str], tree: Path | None = None
+) -> "Results":
+    """bridge.py, without the stages that are finished. tree: this repository, or a variant of
+    it."""
+    run(["bridge.py", "--output_dir", str(folder), "--seeds", *map(str, seeds), *flags], tree)
     return Results(folder)
 
 
-def run(words: list[str]) -> None:
-    """Run a script of this repository. Ctrl-C reaches it once, through the study, and is waited
-    for: it saves what it has done."""
+def evaluate(model: Path, folder: Path) -> float:
+    """Return avg@16 of a model in %."""
+    flags = ["--model", str(model), "--num_samples", "16", "--output_dir", str(folder)]
+    run(["evaluate.py", *flags])
+    return 100 * json.loads((folder / "results.json").read_bytes())["benchmarks"]["toy"]["accuracy"]
+
+
+def variant(name: str, folder: Path) -> Path:
+    """A copy of this repository's code with a diff of docs/variants, made once."""
+    tree, diff = folder / "trees" / name, ROOT / "docs" / "variants" / f"{name}.diff"
+    if not tree.exists():
+        for part in ("common", "toy", "workflow"):
+            shutil.copytree(ROOT / part, tree / part)
+        for script in ROOT.glob("*.py"):
+            shutil.copy(script, tree)
+        subprocess.run(["git", "apply", str(diff)], cwd=tree, check=True)
+    return tree
+
+
+def run(words: list[str], tree: Path | None = None) -> None:
+    """Run a script of this repository, or of a variant of it. Ctrl-C reaches it once, through the
+    study, and is waited for: it saves what it has done."""
     print("python", *words, flush=True)
     command, how = [sys.executable, *words], {"start_new_session": True}
     try:
         with STOP.held():
-            child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, **how)
+            child = subprocess.Popen(command, cwd=tree or ROOT, stdout=subprocess.DEVNULL, **how)
         code = child.wait()
     except Stopped as stop:
         child.send_signal(stop.number)
