@@ -67,16 +67,20 @@ TOY_SHARED = {
 TOY_GRPO = TOY_SHARED | {
     "kl_coef": ours(0.0, "no reference model: groups whose rewards agree cost no update"),
 }
+TOY_TRANSFER = TOY_SHARED | {  # uses no labels: its prompts cost nothing
+    "prompts_per_step": ours(192, "with 12 x 16, 24 x 8 and 48 x 4 every stage ended lower"),
+    "group_size": ours(1),
+}
 TOY_UPDATES = ours(36, "as many as warmup and OPD, so that cold GRPO gets as many updates")
 TOY_OPD = {"num_steps": ours(24), "learning_rate": ours(3e-4)}
 TOY: Preset = {
     "teacher_grpo": TOY_GRPO | {"num_steps": TOY_UPDATES, "learning_rate": ours(3e-4)},
     "teacher_sft": TOY_SHARED
     | {"num_steps": ours(36, "the label uses of teacher_grpo"), "learning_rate": ours(2e-4)},
-    "fkl_warmup": TOY_SHARED | {"num_steps": ours(12), "learning_rate": ours(5e-4)},
-    "opd": TOY_SHARED | TOY_OPD,
-    "semi_opd": TOY_SHARED | TOY_OPD,
-    "sft_transfer": TOY_SHARED | {"learning_rate": ours(4e-4, "5e-4 was worse")},
+    "fkl_warmup": TOY_TRANSFER | {"num_steps": ours(12), "learning_rate": ours(5e-4)},
+    "opd": TOY_TRANSFER | TOY_OPD,
+    "semi_opd": TOY_TRANSFER | TOY_OPD,
+    "sft_transfer": TOY_TRANSFER | {"learning_rate": ours(4e-4, "5e-4 was worse")},
     "student_grpo": TOY_GRPO
     | {"num_steps": ours(12), "learning_rate": ours(5e-5, "more costs skill that is there")},
     "cold_grpo": TOY_GRPO | {"learning_rate": ours(4e-4, "less and more were worse")},

@@ -55,6 +55,7 @@ RECIPES = {
     "sft_teacher_grpo": Recipe("student_grpo", "2H", "sft_teacher_opd"),
     "raw_teacher_fkl_warmup": Recipe("fkl_warmup", "all", STUDENT, TEACHER),
     "raw_teacher_opd": Recipe("opd", "all", "raw_teacher_fkl_warmup", TEACHER),
+    "raw_teacher_grpo": Recipe("student_grpo", "2H", "raw_teacher_opd"),
     "same_size_fkl_warmup": Recipe("fkl_warmup", "all", STUDENT, "cold"),
     "same_size_opd": Recipe("opd", "all", "same_size_fkl_warmup", "cold"),
 }
@@ -80,6 +81,9 @@ ROUTES = {
     "semi_opd": Route("semi_opd_grpo", "#5fb0b7", "as half, OPD on rollouts of the frozen student"),
     "sft_teacher": Route("sft_teacher_grpo", "#8057a8", "as half, teacher tuned by SFT [filter]"),
     "raw_teacher": Route("raw_teacher_opd", "#b03a48", "FKL, OPD on all, untrained teacher"),
+    "raw_then_grpo": Route(
+        "raw_teacher_grpo", "#d98a93", "as raw_teacher, then GRPO on 2H [reward]"
+    ),
     "same_size": Route("same_size_opd", "#c7a423", "FKL, OPD on all, cold's student as teacher"),
     "cold_matched_tokens": Route("cold_matched_tokens", "#e39a5f", "cold with the tokens of full"),
     "cold_matched_flops": Route("cold_matched_flops", "#edbe98", "cold with the FLOPs of full"),
@@ -110,6 +114,7 @@ ROWS = {
     "sft_teacher/sft_teacher_opd": "SFT teacher: FKL, OPD (1H)",
     "sft_teacher/sft_teacher_grpo": "SFT teacher: FKL, OPD (1H), GRPO (2H)",
     "raw_teacher/raw_teacher_opd": "raw teacher: FKL, OPD (all)",
+    "raw_then_grpo/raw_teacher_grpo": "raw teacher: FKL, OPD (all), GRPO (2H)",
     "same_size/same_size_opd": "RL student as teacher: FKL, OPD (all)",
 }
 
