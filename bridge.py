@@ -149,7 +149,7 @@ def main(args: Args) -> None:
         return
     began = time.perf_counter()
     if not args.only_report:
-        check_hardware(args, machine)
+        check_hardware(args, machine, stages)
         check(not problems, "; ".join(problems))
         print_budget(stages)
         show_hours(args, machine, stages)

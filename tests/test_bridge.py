@@ -217,7 +217,7 @@ def test_one_gpu_of_80_gb_needs_one_flag_which_is_named(capsys):
     assert problem == (
         "teacher_grpo of Qwen/Qwen3-8B needs 175 GB on each of 1 GPU(s) of 80 GB; it would fit "
         "with --teacher_lora_rank 32 (38 GB, vLLM 31 GB) or --teacher_cpu_offload (28 GB, vLLM 31 "
-        "GB, host 147 GB) or --nproc_per_node 4 (64 GB, vLLM 31 GB)"
+        "GB, host 147 GB) or more GPUs: --nproc_per_node 4 (64 GB, vLLM 31 GB)"
     )
     for flag in ({"teacher_lora_rank": 32}, {"teacher_cpu_offload": True}, {"nproc_per_node": 4}):
         cells, printed = plan_of(capsys, **ONE_GPU | flag)

@@ -6,7 +6,9 @@ the bit (here: one machine, one thread).
 
 import json
 import os
+import pty
 import random
+import select
 import shutil
 import signal
 import subprocess
@@ -375,7 +377,30 @@ def test_a_signal_to_the_workflow_reaches_its_stage(tmp_path):
     process.terminate()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    one_line(errors, "stopped by SIGTERM")
+    waits, last = errors.strip().splitlines()[-2:]
+    assert waits == "waiting for teacher_grpo to end a phase; a second signal stops at once"
+    assert "stopped by SIGTERM" in last
     steps = len(metrics_of(stage))
     assert [p.name for p in (stage / "checkpoints").iterdir()] == [f"step_{steps}"]
     assert not (folder / "seed_0" / "fkl_warmup").exists()
+
+
+@pytest.mark.parametrize("script", ["grpo", "bridge"])
+def test_a_closed_terminal_ends_the_run_after_a_saved_step(script, tmp_path):
+    """Its processes get SIGHUP, and can write to it no more."""
+    folder = tmp_path / "run"
+    flags = LONG if script == "grpo" else [*TINY, "--num_steps", "4000"]
+    run = folder if script == "grpo" else folder / "seed_0" / "teacher_grpo"
+    command = [sys.executable, str(ROOT / f"{script}.py"), *flags, "--output_dir", str(folder)]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, command, ENVIRONMENT)
+    metrics, until = run / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.exists() or len(metrics_of(run)) < 3:
+        assert time.monotonic() < until
+        if select.select([terminal], [], [], 0.1)[0]:
+            os.read(terminal, 1 << 16)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) in (128 + signal.SIGHUP, 1)
+    steps = len(metrics_of(run))
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step_{steps}"]

@@ -150,8 +150,9 @@ def test_quick_ends_with_the_hours_of_the_whole(tmp_path, capsys):
     whole, _ = planned(bridge.Args(**own))
     (stage,) = [stage for stage in quick if stage.name == "cold"]
     stage.folder.mkdir(parents=True)
-    least = seconds_of(stage, H100, machine_of(1))
-    stage.manifest.write_text(json.dumps({"seconds": 3 * least}))
+    least = seconds_of(stage, H100, machine_of(1), 700)  # as long as they were
+    counts = {"generated_tokens": 700 * 128, "verifier_calls": 128}
+    stage.manifest.write_text(json.dumps({"seconds": 3 * least} | counts))
     machine = machine_of(1)
     print_extrapolation(quick, whole, H100, machine)
     (stage,) = [stage for stage in whole if stage.name == "cold"]

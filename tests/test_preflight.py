@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_bridge import ONE_GPU, QWEN, no_network, plan_of  # noqa: F401
+from test_bridge import ONE_GPU, QWEN, no_network, plan_of, settings_of  # noqa: F401
 
 import bridge
 from common.model.load import check_shapes
@@ -171,6 +171,34 @@ def test_what_others_hold_of_a_gpu_is_not_planned_with(monkeypatch, capsys):
     monkeypatch.setattr(fit, "look", lambda: replace(H100, free=0.3))
     printed = plan_of(capsys, **own)[1]
     assert "of 85 GB, of which 26 GB are free (nvidia-smi)" in printed
+    assert settings_of(printed, "eval_raw_teacher")["vllm_gpu_memory"] == "0.28"
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_plan_names_a_gpu_that_torch_cannot_use(monkeypatch, capsys):
+    own = {name: value for name, value in ONE_GPU.items() if name != "gpu_memory_gb"}
+    monkeypatch.setattr(fit, "look", lambda: Facts(listed="Tesla V100, 550.54"))
+    printed = plan_of(capsys, **own)[1]
+    assert "torch cannot use Tesla V100, 550.54: planned for GPUs of 80 GB" in printed
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(fit, "look", lambda: H100)
+    args = bridge.Args(**QWEN | {"dry_run": False, "nproc_per_node": 4})
+    with pytest.raises(UserError, match="--nproc_per_node is 4, and this machine has 2 GPUs"):
+        fit.find_machine(args)
+
+
+def test_types_that_a_gpu_lacks_are_seen_before_the_first_stage(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for module in (fit, preflight):
+        monkeypatch.setattr(module, "look", lambda: replace(H100, capability=7.5))
+    own = QWEN | {"dry_run": False, "teacher_lora_rank": 32, "output_dir": str(tmp_path / "run")}
+    with pytest.raises(UserError, match="7.5, has no bfloat16"):
+        bridge.main(bridge.Args(**own))
 
 
 def test_the_toy_stays_on_the_cpu_of_a_gpu_machine(monkeypatch):

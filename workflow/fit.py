@@ -60,20 +60,25 @@ def find_machine(args) -> Machine:
     absent = count == 0 and args.device != "cpu" and not args.teacher.startswith("toy/")
     elsewhere = args.dry_run and absent
     if elsewhere and gpu is None:
-        print("there is no GPU here: planned for GPUs of 80 GB (--gpu_memory_gb, --nproc_per_node)")
+        listed = look().listed
+        here = f"torch cannot use {listed}" if listed else "there is no GPU here"
+        print(f"{here}: planned for GPUs of 80 GB (--gpu_memory_gb, --nproc_per_node)")
         gpu = ABSENT_GPU
     host = float("inf") if elsewhere and not args.host_memory_gb else host
     alone = gpu is None and args.nnodes == 1
     check(args.jobs == 1 or alone, "--jobs is for the CPU of one machine: a stage fills a GPU")
     ranks = args.nproc_per_node or max(1, count)
+    message = f"--nproc_per_node is {ranks}, and this machine has {count} GPUs"
+    check(count == 0 or ranks <= count or args.dry_run, message)
     launcher = launcher_of(args, ranks)
     forks = launcher == ("python",) and count == 0 and sys.platform == "linux"
     return Machine(ranks, ranks * args.nnodes, gpu, host, launcher, forks, elsewhere, usable, name)
 
 
-def check_hardware(args, machine: Machine) -> None:
+def check_hardware(args, machine: Machine, stages: list[Stage]) -> None:
     """Refuse what would fail later, or take weeks, on the machine that is there."""
-    check_gpu(args.device, "float32")  # a stage knows its type
+    types = {stage.args().dtype for stage in stages}
+    check_gpu(args.device, "bfloat16" if "bfloat16" in types else "float32")
     for name in (args.teacher, args.student) if machine.gpu is None else ():
         shape = memory.shape_of(name)
         check_size(name, shape.params if shape else 0, args.device)
@@ -136,6 +141,10 @@ def need_of(stage: Stage, machine: Machine, args) -> Need:
         update = plan.peak("update")
         host = (plan.host + (0.0 if machine.gpu else plan.device)) * machine.ranks
     shape = sampled and memory.shape_of(stage.base_model(sampled))
+    others_hold_some = stage.kind == "evaluate" and machine.usable < USABLE
+    if others_hold_some and not _is_named(stage, "vllm_gpu_memory"):
+        share = min(args.vllm_gpu_memory, machine.usable - 0.02)
+        args = replace(args, vllm_gpu_memory=round(max(0.05, share), 2))
     uses_vllm = machine.gpu and shape and args.backend != "torch"
     engine = memory.engine_size(args, shape) if uses_vllm else 0.0
     if uses_vllm and not _is_named(stage, "vllm_sequences"):
@@ -174,7 +183,8 @@ def vllm_settings(stage: Stage, machine: Machine) -> dict[str, Setting]:
         args = need_of(stage, machine, stage.args()).args
     except UserError:  # check_fit says so
         return {}
-    notes = {"vllm_gpu_memory": "what the update leaves", "vllm_sequences": "what its cache holds"}
+    left = "what others leave" if stage.kind == "evaluate" else "what the update leaves"
+    notes = {"vllm_gpu_memory": left, "vllm_sequences": "what its cache holds"}
     return {
         name: ours(getattr(args, name), note)
         for name, note in notes.items()
@@ -217,7 +227,7 @@ def _remedies(stage: Stage, machine: Machine, args) -> list[str]:
     for n in (2, 4, 8, 16, 32):
         if n > machine.ranks and stage.kind != "evaluate":
             more = replace(machine, ranks=n, all_ranks=machine.all_ranks // machine.ranks * n)
-            trials.append(("--nproc_per_node", n, args, more))
+            trials.append(("more GPUs: --nproc_per_node", n, args, more))
     named: dict[str, str] = {}  # a flag's first value that is enough
     for flag, value, with_flag, there in trials:
         need = need_of(stage, there, with_flag)

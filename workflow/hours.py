@@ -42,11 +42,12 @@ GPUS = {
 }
 
 
-def seconds_of(stage: Stage, gpu: Gpu, machine: Machine) -> float:
-    """Return the least seconds of a training stage at a GPU's limits. Raises UserError for models
-    whose config cannot be read."""
+def seconds_of(stage: Stage, gpu: Gpu, machine: Machine, length: int = 0) -> float:
+    """Return the least seconds of a training stage at a GPU's limits. length: the completions', in
+    tokens; default: a quarter of the longest. Raises UserError for models whose config cannot be
+    read."""
     args = stage.args()
-    length, prompt = args.max_new_tokens // QUARTER, min(PROMPT, args.max_prompt_tokens)
+    length, prompt = length or args.max_new_tokens // QUARTER, min(PROMPT, args.max_prompt_tokens)
     args = replace(args, max_new_tokens=length, max_prompt_tokens=prompt)
     sampling, update = most_flops(stage, args)
     shape = memory.shape_of(stage.base_model(stage.models(args)[2]))
@@ -122,7 +123,9 @@ def print_extrapolation(
     seconds = 0.0
     for stage in (stage for stage in whole if stage.script != "evaluate.py"):
         small = of_quick[stage.name]
-        slower = small.result()["seconds"] / seconds_of(small, gpu, machine)
+        result = small.result()
+        length = round(result["generated_tokens"] / result["verifier_calls"])
+        slower = result["seconds"] / seconds_of(small, gpu, machine, length)
         seconds += slower * seconds_of(stage, gpu, machine)
     print(
         f"as far from their limits, all stages without --quick would train for {in_words(seconds)} "

@@ -15,13 +15,12 @@ from multiprocessing.connection import Connection
 
 from common.run.errors import RunFailure, UserError
 from common.run.inputs import ROOT
-from common.run.process import STOP, Stopped
+from common.run.process import SIGNALS, STOP, Stopped
 from workflow.stages import Stage
 
 # One rank on a CPU is forked from a warm Python, which has paid for the imports already. It runs no
 # torch operation and starts no thread, so that a child is what a fresh Python is after its imports.
 FORKS = multiprocessing.get_context("forkserver") if sys.platform == "linux" else None
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PRELOADED = ["grpo", "opd", "fkl_warmup", "evaluate", "workflow.processes"]
 PRELOADED += ["torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor"]
 PRELOADED += ["transformers.modeling_utils", "common.sampling.decoding"]
@@ -155,10 +154,21 @@ def run_stages(stages: list[Stage], jobs: int, forks: bool = False) -> None:
         except BaseException as error:
             number = error.number if isinstance(error, Stopped) else signal.SIGTERM
             children = [key.data for key in running.get_map().values()]
-            with STOP.held():
+
+            def pass_on(number: int, frame=None) -> None:
                 for child in children:
                     with contextlib.suppress(ProcessLookupError):  # it has just ended
                         os.kill(child.process.pid, number)
-                for child in children:
-                    child.wait()
+                if frame:
+                    os._exit(128 + number)  # a second signal
+
+            for again in SIGNALS:
+                signal.signal(again, pass_on)
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                names = ", ".join(child.stage.name for child in children)
+                waits = f"waiting for {names} to end a phase" if names else "stopping"
+                print(f"\n{waits}; a second signal stops at once", file=sys.stderr, flush=True)
+            pass_on(number)
+            for child in children:
+                child.wait()
             raise

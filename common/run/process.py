@@ -19,8 +19,8 @@ from common.run.ranks import num_ranks, rank
 
 OUT_OF_MEMORY = (
     "the same command goes on with a lower --micro_batch_tokens or --vllm_gpu_memory, with "
-    "--activation_checkpointing or with --cpu_offload; a smaller --chunk_size, --max_new_tokens or "
-    "--lora_rank is another run"
+    "--activation_checkpointing or with --cpu_offload (of bridge.py: --teacher_cpu_offload, "
+    "--student_cpu_offload); a smaller --chunk_size, --max_new_tokens or --lora_rank is another run"
 )
 
 
@@ -30,8 +30,9 @@ def start(main: Callable, args_type: type, description: str) -> None:
     Exit codes, each with one line on stderr: 2 for what the user can mend (UserError), 1 for a run
     that failed (RunFailure, a full disk), 128 + n for signal n.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, STOP.catch)
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, STOP.catch)
     # Before CUDA starts. vLLM switches segments off around its own pools; pinned host memory would
     # be rounded up to a power of two.
     memory = "expandable_segments:True,pinned_max_round_threshold_mb:64"
@@ -129,8 +130,11 @@ class Stopped(BaseException):
         self.number = number
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last: the terminal was closed
+
+
 class StopRequest:
-    """The answer to SIGTERM and SIGINT: in a training loop wait for the next phase boundary, else
+    """The answer to SIGNALS: in a training loop wait for the next phase boundary, else
     stop; at the second signal exit at once."""
 
     number: int | None = None  # of the signal that waits to be obeyed
@@ -142,7 +146,8 @@ class StopRequest:
         self.number = number
         if not self.in_loop:
             raise Stopped(number)
-        print("\nstopping after this phase; a second signal stops at once", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print("\nstopping after this phase; a second signal stops at once", file=sys.stderr)
 
     @contextlib.contextmanager
     def held(self):
