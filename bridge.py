@@ -42,7 +42,7 @@ class Args:
     student: str | None = None
     """the small model; default: toy/student, or the paper's for Qwen3 and Llama-3.3-70B-Instruct"""
     output_dir: str | None = None
-    """where everything is written; default: runs/bridge-TEACHER"""
+    """where everything is written; default: runs/bridge-TEACHER, or -PRESET, and -quick"""
     routes: tuple[Literal[*ROUTES, "paper", "all"], ...] = ("half", "cold")
     """what to run and compare (listed above); paper: those that it reports for this teacher"""
     seeds: Annotated[tuple[int, ...], NOT_NEGATIVE] = (0,)

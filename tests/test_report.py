@@ -192,7 +192,7 @@ def test_shared_stages_are_planned_once(study):
     folders = [stage.folder for stage in stages]
     assert len(folders) == len(set(folders))
     assert sum("base" in str(folder) for folder in folders) == 2
-    assert sum(s.script != "evaluate.py" for s in stages) == 2 * 25
+    assert sum(s.script != "evaluate.py" for s in stages) == 2 * 26
 
 
 def test_report_shows_routes_claims_and_conditions(study):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -33,9 +34,11 @@ def applied(name: str, trainer: str, folder: Path):
 
 
 def test_every_variant_is_on_the_page():
-    page = (ROOT / "docs" / "variants" / "README.md").read_text()
+    page = (ROOT / "docs" / "variants.md").read_text()
     for path in (ROOT / "docs" / "variants").glob("*.diff"):
-        assert f"[{path.name}]({path.name})" in page
+        changed = re.findall(r"^[+-](?![+-]{2} )", path.read_text(), re.MULTILINE)
+        row = re.escape(f"| [{path.name}](variants/{path.name}) |") + rf".*\| {len(changed)} \|$"
+        assert re.search(row, page, re.MULTILINE), (path.name, len(changed))
 
 
 @pytest.mark.parametrize(("length", "penalty"), [(1, 0), (6, 0), (7, 0.25), (9, 0.75), (10, 1)])

@@ -121,5 +121,5 @@ def check_size(name: str, num_parameters: int, device: str) -> None:
     check(
         not slow or num_parameters <= MOST_ON_CPU,
         f"{name} has {num_parameters / 1e9:.1f}B parameters, and torch sees no GPU; --device cpu "
-        "insists",
+        "runs it here all the same",
     )
