@@ -77,7 +77,8 @@ def symptoms(first: dict[str, float], now: dict[str, float]) -> Iterator[tuple[s
         yield "no completion had an answer", advice
     entropies = [row.get("policy/entropy") for row in (first, now)]
     if None not in entropies and entropies[1] < entropies[0] / 10:
-        yield "policy/entropy is below a tenth of its start", "lower --learning_rate"
+        advice = "if accuracy is still low, lower --learning_rate"
+        yield "policy/entropy is below a tenth of its start", advice
     longer = now["rollout/length"] > 2 * first["rollout/length"]
     if longer and now["rollout/accuracy"] <= first["rollout/accuracy"]:
         advice = "read rollouts/: longer is not better here"
