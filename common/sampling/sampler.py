@@ -29,10 +29,13 @@ class Sampler:
     backend: "torch" or "vllm". dataset: a list of Prompt, or of Rollout (--rollouts), which are
     drawn as they are. eval_prompts: a list of Prompt, empty without --eval_every. sampled: the
     model that samples: the trained one, a teacher, or the initial student. trained: the model that
-    is evaluated, and whose weights `sync` brings to vLLM after an update.
+    is evaluated, and whose weights `sync` brings to vLLM after an update. other: the tokenizer of
+    `sampled`, if that is of another vocabulary.
     """
 
-    def __init__(self, run, task, tokenizer, backend, dataset, eval_prompts, *, sampled, trained):
+    def __init__(
+        self, run, task, tokenizer, backend, dataset, eval_prompts, *, sampled, trained, other=None
+    ):
         self.args, self.run, self.task, self.eval_prompts = run.args, run, task, eval_prompts
         self.stream = Stream(dataset, run.args.seed)
         self.samples = not isinstance(dataset[0], Rollout)
@@ -45,7 +48,7 @@ class Sampler:
         )
         self.engine = self.eval_engine
         if self.samples and not trained_samples:
-            self.engine = make_engine(backend, sampled, tokenizer, dataset, run.args)
+            self.engine = make_engine(backend, sampled, other or tokenizer, dataset, run.args)
 
     def draw(self, num_prompts: int, seed: Sequence[int]) -> list[Rollout]:
         """Return this rank's share of the graded rollouts of the next prompts, --group_size of
