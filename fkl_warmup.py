@@ -74,7 +74,7 @@ class Args:
     model: Annotated[str, MODEL] = "toy/student"
     """the policy: a local folder or a hub id"""
     teacher: Annotated[str, MODEL] = "toy/teacher"
-    """the frozen teacher, of the same vocabulary"""
+    """the frozen teacher; of another vocabulary: docs/extending.md"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where it runs; auto takes a GPU if there is one"""
     dtype: Literal["float32", "bfloat16"] = "float32"
