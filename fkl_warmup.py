@@ -186,7 +186,7 @@ def loss_fn(
     if pair and args.hard_labels:  # the text alone: its tokens are the student's
         logp = (logits.float() / args.temperature).log_softmax(-1)
         return -logp.gather(1, tokens[:, None]).sum(), {}
-    if pair:  # two vocabularies: the teacher's likeliest of the tokens that both have
+    if pair:  # two vocabularies: the likeliest of the tokens that both have
         logits, teacher_logits = logits[:, pair.student], teacher_logits[:, pair.teacher]
         top = likeliest(teacher_logits.detach(), min(PAIR_TOP, logits.shape[1])).indices
         logits, teacher_logits = logits.gather(1, top), teacher_logits.gather(1, top)
@@ -254,14 +254,12 @@ def main(args: Args) -> None:
         args.model, args.teacher, length=length, lora_rank=args.lora_rank, device=args.device
     )
     tokenizer = load_tokenizer(args.model, args.teacher, args.chat_template)
-    pair = load_pair(tokenizer, args.teacher, device)
-    sampling = pair.tokenizers[1] if pair and not args.rollouts else tokenizer  # who has sampled
+    pair = load_pair(tokenizer, args, device, "teacher")
 
     # --- data ---
     task = Task(args.task)
-    dataset = data.training_prompts(task, sampling, args)
-    if pair:
-        dataset = pair.render(dataset, int(sampling is tokenizer), args)
+    dataset = data.training_prompts(task, pair.sampling if pair else tokenizer, args)
+    dataset = pair.render(dataset, args) if pair else dataset
     if args.rollouts:
         dataset = load_rollouts(args.rollouts, task, tokenizer, dataset, args.max_new_tokens)
     eval_prompts = data.evaluation_prompts(task, tokenizer, args)
@@ -278,15 +276,7 @@ def main(args: Args) -> None:
     )
     run.restore(model, optimizer)
     sampler = Sampler(
-        run,
-        task,
-        tokenizer,
-        backend,
-        dataset,
-        eval_prompts,
-        sampled=teacher,
-        trained=model,
-        other=sampling,
+        run, task, tokenizer, backend, dataset, eval_prompts, pair, sampled=teacher, trained=model
     )
 
     # --- loop ---
@@ -298,10 +288,7 @@ def main(args: Args) -> None:
             if args.correct_only:
                 rollouts = [rollout for rollout in rollouts if rollout.verdict.correct]
             if pair:
-                side = int(sampling is tokenizer)
-                rollouts, metrics = pair.twins(rollouts, side), pair.metrics()
-                for rollout in rollouts if args.hard_labels else ():
-                    rollout.positions = None
+                rollouts, metrics = pair.twins(rollouts), pair.metrics()
             sampler.sleep()
 
             # --- update ---

@@ -191,7 +191,7 @@ def loss_fn(
     A vocabulary padded beyond the other model's is cut to the shorter one. Log-probs are kept
     finite, so that a word of probability 0 adds 0 and not nan.
     """
-    if pair:  # two vocabularies: the student's likeliest of the tokens that both have
+    if pair:  # two vocabularies: the likeliest of the tokens that both have
         logits, teacher_logits = logits[:, pair.student], teacher_logits[:, pair.teacher]
         top = likeliest(logits.detach(), min(PAIR_TOP, logits.shape[1])).indices
         logits, teacher_logits = logits.gather(1, top), teacher_logits.gather(1, top)
@@ -297,14 +297,12 @@ def main(args: Args) -> None:
         args.model, args.teacher, length=length, lora_rank=args.lora_rank, device=args.device
     )
     tokenizer = load_tokenizer(args.model, args.teacher, args.chat_template)
-    pair = load_pair(tokenizer, args.teacher, device)
-    check(not pair or args.estimator == "full", "two vocabularies need --estimator full")
+    pair = load_pair(tokenizer, args, device, "student")
 
     # --- data ---
     task = Task(args.task)
-    dataset = data.training_prompts(task, tokenizer, args)
-    if pair:
-        dataset = pair.render(dataset, 1, args)
+    dataset = data.training_prompts(task, pair.sampling if pair else tokenizer, args)
+    dataset = pair.render(dataset, args) if pair else dataset
     if args.rollouts:
         dataset = load_rollouts(args.rollouts, task, tokenizer, dataset, args.max_new_tokens)
     eval_prompts = data.evaluation_prompts(task, tokenizer, args)
@@ -322,7 +320,7 @@ def main(args: Args) -> None:
     )
     run.restore(model, optimizer)
     sampler = Sampler(
-        run, task, tokenizer, backend, dataset, eval_prompts, sampled=sampled, trained=model
+        run, task, tokenizer, backend, dataset, eval_prompts, pair, sampled=sampled, trained=model
     )
 
     # --- loop ---
@@ -332,7 +330,7 @@ def main(args: Args) -> None:
             run.phase("generate")
             rollouts, metrics = sampler.draw(args.prompts_per_step, (args.seed, step)), {}
             if pair:
-                rollouts, metrics = pair.twins(rollouts, 1), pair.metrics()
+                rollouts, metrics = pair.twins(rollouts), pair.metrics()
             sampler.sleep()
 
             # --- update ---

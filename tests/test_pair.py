@@ -79,8 +79,8 @@ def rollout_of(tokenizer, text: str, ended: bool = True) -> Rollout:
     return Rollout([1], ids, torch.zeros(len(ids)), finish, text, problem, key=(0,))
 
 
-def pair_of(student, teacher) -> Pair:
-    pair = Pair(student, teacher)
+def pair_of(student, teacher, sampled_by: int = 0) -> Pair:
+    pair = Pair(student, teacher, sampled_by=sampled_by)
     pair.prompts = {problem_of("p", "1").key: [1, 1, 1]}
     return pair
 
@@ -96,7 +96,7 @@ def test_strict_positions_cover_the_same_text(tokenizers, student, teacher):
             own = rollout_of(tokenizers[student], text, ended)
             if not own.completion_ids:
                 continue
-            other = pair.twin(own, 1)
+            other = pair.twin(own)
             if other is None:
                 continue
             aligned += 1
@@ -119,7 +119,7 @@ def test_strict_positions_cover_the_same_text(tokenizers, student, teacher):
     if student == teacher:
         for text in TEXTS[:2]:
             own = rollout_of(tokenizers[student], text)
-            if pair.twin(own, 1) is not None:
+            if pair.twin(own) is not None:
                 assert own.positions == list(range(len(own.completion_ids)))
 
 
@@ -137,7 +137,7 @@ def test_pieces_are_what_decoding_gives(tokenizers):
 def test_a_teacher_that_splits_digits(tokenizers):
     pair = pair_of(tokenizers["bytes"], tokenizers["digits"])
     own = rollout_of(tokenizers["bytes"], "12+34=46")
-    other = pair.twin(own, 1)
+    other = pair.twin(own)
     digits = [
         i for i in own.completion_ids[:-1] if len(pair.pieces[0][i].strip(b"0123456789")) == 0
     ]
@@ -155,7 +155,7 @@ def test_what_cannot_be_given_back_is_left_out_and_counted(tokenizers):
     half.finish = "length"
     special = rollout_of(tokenizers["bytes"], "1")
     special.completion_ids = [0, *special.completion_ids]  # <s> within the text
-    kept = pair.twins([right, lost, half, special], 1)
+    kept = pair.twins([right, lost, half, special])
     assert kept == [right]
     assert right.twin.prompt_ids == [1, 1, 1]
     total = sum(len(r.completion_ids) for r in (right, lost, half, special))
@@ -164,9 +164,9 @@ def test_what_cannot_be_given_back_is_left_out_and_counted(tokenizers):
 
 
 def test_the_teacher_may_have_sampled(tokenizers):
-    pair = pair_of(tokenizers["bytes"], tokenizers["digits"])
+    pair = pair_of(tokenizers["bytes"], tokenizers["digits"], 1)
     sampled = rollout_of(tokenizers["digits"], TEXTS[0])
-    (student,) = pair.twins([sampled], 0)
+    (student,) = pair.twins([sampled])
     assert student.twin is sampled
     assert student.prompt_ids == [1, 1, 1]
     assert tokenizers["bytes"].decode(student.completion_ids[:-1]) == TEXTS[0]
@@ -220,7 +220,7 @@ def test_a_teacher_under_other_ids_is_the_same_teacher(
     args = module.Args(micro_batch_tokens=64, chunk_size=16)
     if module is opd:
         args = replace(args, divergence=divergence)
-    whole = pair.twins(rollouts, 1)
+    whole = pair.twins(rollouts)
     assert len(whole) == 2
     assert all(r.positions == list(range(len(r.completion_ids))) for r in whole)
     found = module.backward(model, other_teacher, whole, args, pair)

@@ -30,22 +30,26 @@ class Pair:
     """The two tokenizers of a run, student's first, and what they share.
 
     student, teacher: int64 [S], the ids of each shared token: the same bytes, or the end of a turn.
+    sampled_by: 0 if the student samples the completions, or they are given in its tokens; 1 if the
+    teacher does. all_positions: give every token of the student's a loss, strict or not (SFT).
     """
 
-    def __init__(self, student, teacher, device: torch.device | str = "cpu"):
+    def __init__(self, student, teacher, device="cpu", sampled_by: int = 0, all_positions=False):
+        self.here, self.there, self.all_positions = sampled_by, 1 - sampled_by, all_positions
         self.tokenizers, self.ends = (student, teacher), (turn_end(student), turn_end(teacher))
         self.pieces = [pieces_of(tokenizer) for tokenizer in self.tokenizers]
         own, other = ({piece: i for i, piece in pieces.items()} for pieces in self.pieces)
         ids = [self.ends, *((own[piece], other[piece]) for piece in own if piece in other)]
         self.student, self.teacher = torch.tensor(ids, device=device).T.contiguous()
+        self.sampling = self.tokenizers[self.here]  # who has sampled
         self.prompts: dict[str, list[int]] = {}  # of the other side, by the problem's key
         self.counts = [0, 0]  # tokens of the student in this step: all, strict
 
-    def render(self, prompts: list[Prompt], side: int, args) -> list[Prompt]:
+    def render(self, prompts: list[Prompt], args) -> list[Prompt]:
         """Render the prompts' problems by the other model's template too. Returns the prompts that
-        are short enough for both. side: the one that has not rendered them yet."""
-        problems = [prompt.problem for prompt in prompts]
-        others = on_first_rank(lambda: render_prompts(self.tokenizers[side], problems, args))
+        are short enough for both."""
+        problems, other = [prompt.problem for prompt in prompts], self.tokenizers[self.there]
+        others = on_first_rank(lambda: render_prompts(other, problems, args))
         self.prompts = {prompt.problem.key: prompt.ids for prompt in others}
         return [prompt for prompt in prompts if prompt.problem.key in self.prompts]
 
@@ -58,19 +62,19 @@ class Pair:
         bounds = [0, *accumulate(map(len, pieces))]
         return b"".join(pieces), [*zip(bounds, bounds[1:], strict=False), *[END] * ended]
 
-    def twin(self, rollout: Rollout, side: int) -> Rollout | None:
-        """Return a rollout's text in the tokens of `side`, the other one than has sampled it, and
-        set the strict positions of both. None if a tokenizer does not give the text back."""
-        own = rollout.completion_ids
-        ended = rollout.finish == "eos" or own[-1] in end_ids(self.tokenizers[1 - side])
-        here = self.spans(1 - side, own, ended)
+    def twin(self, rollout: Rollout) -> Rollout | None:
+        """Return a rollout's text in the other model's tokens, and set the strict positions of
+        both. None if a tokenizer does not give the text back."""
+        own, tokenizer = rollout.completion_ids, self.tokenizers[self.there]
+        ended = rollout.finish == "eos" or own[-1] in end_ids(self.sampling)
+        here = self.spans(self.here, own, ended)
         try:
             text = here[0].decode()
         except (TypeError, UnicodeDecodeError):  # a special token; half a character
             return None
-        ids = self.tokenizers[side](text, add_special_tokens=False)["input_ids"]
-        ids += [self.ends[side]] * ended
-        there = self.spans(side, ids, ended)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids += [self.ends[self.there]] * ended
+        there = self.spans(self.there, ids, ended)
         if there is None or there[0] not in (here[0], b" " + here[0]):
             return None
         shift = len(there[0]) - len(here[0])  # some begin every text with a space
@@ -86,19 +90,20 @@ class Pair:
             positions=[j for _, j in pairs],
         )
 
-    def twins(self, rollouts: list[Rollout], side: int) -> list[Rollout]:
+    def twins(self, rollouts: list[Rollout]) -> list[Rollout]:
         """Return the student's rollouts, each with the teacher's as its twin. Those that cannot be
-        aligned are left out, and count as tokens without a strict position. side: the one that has
-        not sampled them."""
-        pairs = [(rollout, self.twin(rollout, side)) for rollout in rollouts]
-        whole = [(a, b) if side == 1 else (b, a) for a, b in pairs if b is not None]
-        for student, teacher in whole:
-            student.twin = teacher
-        lost = sum(len(a.completion_ids) for a, b in pairs if b is None)
-        kept = sum(len(student.completion_ids) for student, _ in whole)
-        strict = sum(len(student.positions) for student, _ in whole)
-        self.counts = [a + b for a, b in zip(self.counts, (lost + kept, strict), strict=True)]
-        return [student for student, _ in whole]
+        aligned are left out, and count as tokens without a strict position."""
+        aligned = []
+        for rollout in rollouts:
+            twin = self.twin(rollout)
+            self.counts[0] += len((twin or rollout).completion_ids)
+            if twin is not None:
+                student, teacher = (rollout, twin) if self.here == 0 else (twin, rollout)
+                self.counts[1] += len(student.positions)
+                student.twin = teacher
+                student.positions = None if self.all_positions else student.positions
+                aligned.append(student)
+        return aligned
 
     def metrics(self) -> dict[str, float]:
         """Return the share of this step's tokens that were strict positions; the next begins."""
@@ -107,14 +112,15 @@ class Pair:
         return {"policy/strict_positions": strict / max(1, total)}
 
 
-def load_pair(tokenizer, teacher: str, device: torch.device) -> Pair | None:
-    """Return the pair that a student's tokenizer and a teacher make; None if they have one
-    vocabulary."""
-    other = load_teachers_tokenizer(tokenizer, teacher)
+def load_pair(tokenizer, args, device: torch.device, sampled_by: str) -> Pair | None:
+    """Return the pair that the student's tokenizer and the one of a trainer's --teacher make; None
+    if they have one vocabulary. sampled_by: "student" or "teacher", unless --rollouts are given."""
+    other = load_teachers_tokenizer(tokenizer, args.teacher)
     if other is None:
         return None
-    pair = Pair(tokenizer, other, device)
-    check(len(pair.student) > 1, f"student and teacher {teacher} have no token in common")
+    side = int(sampled_by == "teacher" and not args.rollouts)
+    pair = Pair(tokenizer, other, device, side, getattr(args, "hard_labels", False))
+    check(getattr(args, "estimator", "full") == "full", "two vocabularies need --estimator full")
     print(
         f"two vocabularies, of {len(tokenizer):,} and {len(other):,} tokens: {len(pair.student):,} "
         "are shared, and are compared where one of each covers the same text"
