@@ -124,7 +124,9 @@ def tiny(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_map_runs_draws_and_resumes(tiny, tmp_path, capsys):
+def test_the_map_runs_draws_and_resumes(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(toy_map, "COLD_RATES", (2e-4, 4e-4))
+    monkeypatch.setattr(toy_map, "CHOICE_SEEDS", (1,))
     args = toy_map.Args(output_dir=tmp_path, uses=(0.02, 0.3), seeds=(1,))
     toy_map.main(args)
     printed = capsys.readouterr().out
@@ -140,7 +142,7 @@ def test_the_map_runs_draws_and_resumes(tiny, tmp_path, capsys):
     before = one.stat().st_mtime_ns
     toy_map.main(args)
     assert one.stat().st_mtime_ns == before
-    assert len(tiny) == 4
+    assert len(tiny) == 2 * 2 * 3  # twice: each student at each rate, and at the better one
 
 
 @pytest.mark.slow

@@ -51,7 +51,9 @@ class Pair:
         problems, other = [prompt.problem for prompt in prompts], self.tokenizers[self.there]
         others = on_first_rank(lambda: render_prompts(other, problems, args))
         self.prompts = {prompt.problem.key: prompt.ids for prompt in others}
-        return [prompt for prompt in prompts if prompt.problem.key in self.prompts]
+        both = [prompt for prompt in prompts if prompt.problem.key in self.prompts]
+        check(len(both) > 0, f"no prompt has {args.max_prompt_tokens} tokens or fewer in both")
+        return both
 
     def spans(self, side: int, ids: list[int], ended: bool) -> tuple[bytes, list[Span]] | None:
         """Return the text of a completion and the stretch of it that each token covers; None if it
