@@ -46,7 +46,8 @@ from common.run.errors import check
 from common.run.process import CHAT, MAY_CHANGE, MODEL, NOT_NEGATIVE, POSITIVE, SHARE, start
 from common.run.ranks import combine, gather, join_ranks, sum_over_ranks
 from common.run.run import Run, check_training, mean
-from common.sampling.batches import micro_batches, minibatches
+from common.sampling.batches import micro_batch, micro_batches, minibatches
+from common.sampling.pair import PAIR_TOP, Pair, load_pair
 from common.sampling.rollout import Rollout, load_rollouts
 from common.sampling.sampler import Sampler, resolve_backend
 from common.tasks import data
@@ -77,7 +78,7 @@ class Args:
     model: Annotated[str, MODEL] = "toy/student"
     """the policy: a local folder or a hub id"""
     teacher: Annotated[str, MODEL] = "toy/teacher"
-    """the frozen teacher, of the same vocabulary"""
+    """the frozen teacher; of another vocabulary: docs/extending.md"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where it runs; auto takes a GPU if there is one"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -178,7 +179,11 @@ class Args:
 
 
 def loss_fn(
-    logits: torch.Tensor, teacher_logits: torch.Tensor, tokens: torch.Tensor, args: Args
+    logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    tokens: torch.Tensor,
+    args: Args,
+    pair: Pair | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Sum the divergence over a slice of C tokens: both logits [C, V], tokens [C]. Returns the
     sum, and the sums of what is logged.
@@ -186,6 +191,10 @@ def loss_fn(
     A vocabulary padded beyond the other model's is cut to the shorter one. Log-probs are kept
     finite, so that a word of probability 0 adds 0 and not nan.
     """
+    if pair:  # two vocabularies: the likeliest of the tokens that both have
+        logits, teacher_logits = logits[:, pair.student], teacher_logits[:, pair.teacher]
+        top = likeliest(logits.detach(), min(PAIR_TOP, logits.shape[1])).indices
+        logits, teacher_logits = logits.gather(1, top), teacher_logits.gather(1, top)
     size = min(logits.shape[-1], teacher_logits.shape[-1])
     logp, logq = (
         (x[:, :size].float() / args.temperature).log_softmax(-1).clamp(min=LOWEST)
@@ -228,26 +237,29 @@ def top_k_buckets(
 # === gradients ===
 
 
-def backward(model, teacher, rollouts: list[Rollout], args: Args) -> dict[str, float]:
+def backward(
+    model, teacher, rollouts: list[Rollout], args: Args, pair: Pair | None = None
+) -> dict[str, float]:
     """Add the gradients of one optimizer step to .grad; return its metrics, means over tokens.
 
     Over all micro-batches and ranks together this does what
     `(loss_fn(model(ids).logits[mask], ...)[0] / denominator).backward()` does:
     tests/test_losses.py, test_dense_backward.
     """
-    num_tokens = max(1, sum_over_ranks(sum(len(rollout.completion_ids) for rollout in rollouts)))
+    num_tokens = max(1, sum_over_ranks(sum(len(rollout.loss_tokens) for rollout in rollouts)))
     denominator = num_tokens
     teacher_head = head_weight(teacher, teacher.dtype)
     parts = [{"loss": 0.0}]
     for batch in micro_batches(rollouts, args.micro_batch_tokens, device_of(model)):
         # Hidden states [N, D_teacher], not logits [N, V]: its head is applied beside the student's.
-        hidden = frozen_hidden_states(teacher, batch.input_ids, batch.mask)
+        read = micro_batch([r.twin for r in batch.rollouts], device_of(model)) if pair else batch
+        hidden = frozen_hidden_states(teacher, read.input_ids, read.mask)
         parts.append(
             chunked_backward(
                 model,
                 batch.input_ids,
                 batch.mask,
-                partial(loss_fn, args=args),
+                partial(loss_fn, args=args, pair=pair),
                 inputs={"tokens": batch.tokens},
                 teacher=(hidden, teacher_head),
                 denominator=denominator,
@@ -285,10 +297,12 @@ def main(args: Args) -> None:
         args.model, args.teacher, length=length, lora_rank=args.lora_rank, device=args.device
     )
     tokenizer = load_tokenizer(args.model, args.teacher, args.chat_template)
+    pair = load_pair(tokenizer, args, device, "student")
 
     # --- data ---
     task = Task(args.task)
-    dataset = data.training_prompts(task, tokenizer, args)
+    dataset = data.training_prompts(task, pair.sampling if pair else tokenizer, args)
+    dataset = pair.render(dataset, args) if pair else dataset
     if args.rollouts:
         dataset = load_rollouts(args.rollouts, task, tokenizer, dataset, args.max_new_tokens)
     eval_prompts = data.evaluation_prompts(task, tokenizer, args)
@@ -300,13 +314,13 @@ def main(args: Args) -> None:
     model = load_for_training(args.model, args, device, trainable=True)
     teacher = load_for_training(args.teacher, args, device, flops_role="teacher")
     sampled = model if args.sample_from == "policy" else load_for_training(args.model, args, device)
-    share_end_ids(tokenizer, model, teacher, sampled)
+    share_end_ids(tokenizer, model, sampled, *([] if pair else [teacher]))
     optimizer = torch.optim.AdamW(
         trained_parameters(model), betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
     run.restore(model, optimizer)
     sampler = Sampler(
-        run, task, tokenizer, backend, dataset, eval_prompts, sampled=sampled, trained=model
+        run, task, tokenizer, backend, dataset, eval_prompts, pair, sampled=sampled, trained=model
     )
 
     # --- loop ---
@@ -315,6 +329,8 @@ def main(args: Args) -> None:
             # --- generate ---
             run.phase("generate")
             rollouts, metrics = sampler.draw(args.prompts_per_step, (args.seed, step)), {}
+            if pair:
+                rollouts, metrics = pair.twins(rollouts), pair.metrics()
             sampler.sleep()
 
             # --- update ---
@@ -322,7 +338,7 @@ def main(args: Args) -> None:
             updates = []
             passes = (args.num_epochs, args.num_minibatches)
             for minibatch in minibatches(rollouts, f"{args.seed}-{step}", *passes):
-                update = backward(model, teacher, minibatch, args)
+                update = backward(model, teacher, minibatch, args, pair)
                 grad_norm = clip_grad_norm(model, args.max_grad_norm)
                 if run.is_finite(update["loss/total"], grad_norm, minibatch):
                     optimizer.step()

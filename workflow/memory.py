@@ -225,7 +225,7 @@ def plan(
     # GRPO's kernel writes the gradient over the logits. Plain torch makes float32 copies of a
     # chunk of both models' logits.
     copies = LOSS_COPIES if gpu_memory and not loss_is_fused else 0  # a CPU: slices
-    logits = chunk * trained.vocab * (2 * c + copies)
+    logits = chunk * max(shape.vocab for shape in (trained, *frozen)) * (2 * c + copies)
     items.append(Item("head: copies, gradient, chunk of logits", copy + logits, phase="update"))
     if gpu_memory and sampled and args.backend != "torch":
         share = args.vllm_gpu_memory * gpu_memory

@@ -17,10 +17,8 @@ SAMPLE_CHAT = [{"role": "user", "content": "1+1"}]
 
 def load_tokenizer(name: str, teacher: str | None = None, chat_template: str | None = None):
     """Load the tokenizer of `name`; with the chat template of `chat_template`, a model or a .jinja
-    file, if one is given.
-
-    The teacher's, if one is given, must mean the same by every token: distillation compares
-    distributions token by token. A base model without a template is trained on its teacher's.
+    file, if one is given. A base model without a template is trained on its teacher's, if that has
+    the same vocabulary.
     """
     tokenizer = load_pretrained("AutoTokenizer", name)
     if chat_template is not None:
@@ -32,6 +30,8 @@ def load_tokenizer(name: str, teacher: str | None = None, chat_template: str | N
             message = f"--chat_template {chat_template} cannot be used: {reason}"
             raise UserError(message) from error
     teachers = None if teacher is None else load_pretrained("AutoTokenizer", teacher)
+    if teachers is not None and teachers.get_vocab() != tokenizer.get_vocab():
+        teachers = None
     if teachers is not None and tokenizer.chat_template is None:
         print(f"{name} has no chat template: it is trained on that of {teacher}")
         tokenizer.chat_template = teachers.chat_template
@@ -44,16 +44,26 @@ def load_tokenizer(name: str, teacher: str | None = None, chat_template: str | N
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: masks go by length, never by token
     if teachers is not None:
-        differing = len(dict(tokenizer.get_vocab().items() ^ teachers.get_vocab().items()))
-        check(
-            differing == 0,
-            f"teacher {teacher} and student {name} have different vocabularies ({differing} tokens "
-            "differ); choose two models of one family",
-        )
         other = teachers.chat_template and prompt_text(teachers, SAMPLE_CHAT)
         if other and other != prompt_text(tokenizer, SAMPLE_CHAT):
             print(f"{name} and {teacher} have different chat templates: prompts are {name}'s")
     return tokenizer
+
+
+def load_teachers_tokenizer(tokenizer, teacher: str):
+    """Load the tokenizer of a teacher whose vocabulary is another than `tokenizer`'s; None if it is
+    the same."""
+    other = load_pretrained("AutoTokenizer", teacher)
+    if other.get_vocab() == tokenizer.get_vocab():
+        return None
+    check(
+        other.chat_template is not None and other.eos_token_id is not None,
+        f"teacher {teacher} is of another vocabulary, and has no chat template or no EOS token of "
+        "its own; save it with both",
+    )
+    if other.pad_token_id is None:
+        other.pad_token = other.eos_token
+    return other
 
 
 def _read_template(source: str) -> str | None:
@@ -95,16 +105,20 @@ def end_ids(tokenizer, *models) -> list[int]:
     """Return every id that ends a turn: the tokenizer's EOS, what the chat template writes behind
     an answer, and those of the models' configs. A base model has another EOS than its instruct
     siblings."""
-    ids = {tokenizer.eos_token_id}
-    turn = [*SAMPLE_CHAT, {"role": "assistant", "content": "2"}]
-    text = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("2")[2]
-    behind = tokenizer(text, add_special_tokens=False)["input_ids"][:1]
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ids |= special.intersection(behind)
+    ids = {tokenizer.eos_token_id, turn_end(tokenizer)}
     for config in (c for model in models for c in (model.generation_config, model.config)):
         listed = getattr(config, "eos_token_id", None)
         ids |= set(listed) if isinstance(listed, list) else {listed}
     return sorted(ids - {None})
+
+
+def turn_end(tokenizer) -> int:
+    """Return the id with which a chat template ends an answer; the EOS, if it ends with none."""
+    turn = [*SAMPLE_CHAT, {"role": "assistant", "content": "2"}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("2")[2]
+    behind = tokenizer(text, add_special_tokens=False)["input_ids"][:1]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return next(iter(special.intersection(behind)), tokenizer.eos_token_id)
 
 
 def share_end_ids(tokenizer, *models) -> None:

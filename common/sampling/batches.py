@@ -91,6 +91,7 @@ def micro_batch(rollouts: list[Rollout], device: torch.device) -> MicroBatch:
     mask = torch.zeros(input_ids.shape, dtype=torch.bool)
     for b, row in enumerate(rollouts):
         input_ids[b, : len(inputs[b])] = torch.tensor(inputs[b])
-        mask[b, len(row.prompt_ids) - 1 : len(inputs[b])] = True
-    tokens = torch.tensor([token for row in rollouts for token in row.completion_ids]).long()
+        of_completion = mask[b, len(row.prompt_ids) - 1 : len(inputs[b])]
+        of_completion[slice(None) if row.positions is None else row.positions] = True
+    tokens = torch.tensor([token for row in rollouts for token in row.loss_tokens]).long()
     return MicroBatch(rollouts, input_ids.to(device), mask.to(device), tokens.to(device))

@@ -40,6 +40,14 @@ class Rollout:
     weight: float = 1.0  # of each of its tokens in the loss
     old_logprobs: torch.Tensor | None = None  # float32 [T], the policy's before the first update
     ref_logprobs: torch.Tensor | None = None  # float32 [T], the reference model's
+    positions: list[int] | None = None  # of the tokens with a loss; None: of all
+    twin: "Rollout | None" = None  # the same text in the tokens of a teacher of another vocabulary
+
+    @property
+    def loss_tokens(self) -> list[int]:
+        """The tokens with a loss."""
+        ids = self.completion_ids
+        return ids if self.positions is None else [ids[t] for t in self.positions]
 
     @property
     def identity(self) -> str:

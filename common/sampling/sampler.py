@@ -27,12 +27,15 @@ class Sampler:
     """Draws a training run's rollouts and evaluates its model.
 
     backend: "torch" or "vllm". dataset: a list of Prompt, or of Rollout (--rollouts), which are
-    drawn as they are. eval_prompts: a list of Prompt, empty without --eval_every. sampled: the
-    model that samples: the trained one, a teacher, or the initial student. trained: the model that
-    is evaluated, and whose weights `sync` brings to vLLM after an update.
+    drawn as they are. eval_prompts: a list of Prompt, empty without --eval_every. pair: the two
+    vocabularies of student and teacher, if they have two. sampled: the model that samples: the
+    trained one, a teacher, or the initial student. trained: the model that is evaluated, and whose
+    weights `sync` brings to vLLM after an update.
     """
 
-    def __init__(self, run, task, tokenizer, backend, dataset, eval_prompts, *, sampled, trained):
+    def __init__(
+        self, run, task, tokenizer, backend, dataset, eval_prompts, pair=None, *, sampled, trained
+    ):
         self.args, self.run, self.task, self.eval_prompts = run.args, run, task, eval_prompts
         self.stream = Stream(dataset, run.args.seed)
         self.samples = not isinstance(dataset[0], Rollout)
@@ -45,6 +48,7 @@ class Sampler:
         )
         self.engine = self.eval_engine
         if self.samples and not trained_samples:
+            tokenizer = pair.sampling if pair else tokenizer
             self.engine = make_engine(backend, sampled, tokenizer, dataset, run.args)
 
     def draw(self, num_prompts: int, seed: Sequence[int]) -> list[Rollout]:
