@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 import fkl_warmup
 import opd
+from common.model.load import load_model
 from common.sampling import pair as pairs
 from common.sampling.pair import Pair
 from common.sampling.rollout import Rollout
@@ -253,11 +254,8 @@ def test_a_teacher_under_other_ids_is_the_same_teacher(
 # === whole runs ===
 
 
-@pytest.fixture
-def other_teacher(tmp_path, tokenizer):
-    """The toy teacher under other ids, saved; and its tokenizer's folder."""
-    from common.model.load import load_model
-
+def save_under_other_ids(folder, tokenizer) -> str:
+    """Save the toy teacher and its tokenizer with the ids shuffled. Returns the folder."""
     teacher = load_model("toy/teacher", "float32", torch.device("cpu"))
     _, other, order = permuted(tiny_model(tokenizer), tokenizer)
     with torch.no_grad():
@@ -265,9 +263,14 @@ def other_teacher(tmp_path, tokenizer):
         weight[order] = weight.clone()
     teacher.generation_config.eos_token_id = teacher.config.eos_token_id = other.eos_token_id
     teacher.generation_config.pad_token_id = teacher.config.pad_token_id = other.pad_token_id
-    teacher.save_pretrained(tmp_path / "teacher")
-    other.save_pretrained(tmp_path / "teacher")
-    return str(tmp_path / "teacher")
+    teacher.save_pretrained(folder)
+    other.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def other_teacher(tmp_path, tokenizer):
+    return save_under_other_ids(tmp_path / "teacher", tokenizer)
 
 
 SMALL = {"prompts_per_step": 4, "group_size": 2, "num_steps": 2, "learning_rate": 1e-3}

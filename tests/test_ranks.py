@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import tiny_model, torchrun
 from safetensors.torch import load_file
+from test_pair import save_under_other_ids
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.model import save as saving
@@ -95,6 +96,18 @@ def test_two_ranks_follow_the_trajectory_of_one(runs, script):
             assert other[name] == pytest.approx(row[name], rel=1e-3, abs=1e-5), name
     counts = [json.loads((folder / "manifest.json").read_text()) for folder in (one, two)]
     assert counts[0] | {"seconds": 0} == pytest.approx(counts[1] | {"seconds": 0})
+
+
+def test_two_ranks_with_a_teacher_of_another_vocabulary(tmp_path, tokenizer):
+    teacher = save_under_other_ids(tmp_path / "teacher", tokenizer)
+    for script in ("opd", "fkl_warmup"):
+        flags = [*SIZES, "--num_steps", "2", "--warmup_steps", "1", "--teacher", teacher]
+        one, two = tmp_path / f"{script}_1", tmp_path / f"{script}_2"
+        for ranks, folder in ((1, one), (2, two)):
+            run(ranks, script, *flags, "--output_dir", folder)
+        assert largest_difference(one, two) <= 1e-5
+        strict = [[row["policy/strict_positions"] for row in metrics_of(f)] for f in (one, two)]
+        assert strict == [[1, 1], [1, 1]]
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
