@@ -226,7 +226,11 @@ def test_one_gpu_of_80_gb_needs_one_flag_which_is_named(capsys):
         for kind in ("teacher_grpo", "fkl_warmup", "opd", "student_grpo"):
             assert 0.2 < float(settings_of(printed, kind)["vllm_gpu_memory"]) <= 0.85
     assert "# memory of teacher_grpo of Qwen/Qwen3-8B, GB for each of 4 ranks: computed" in printed
-    assert "# disk: at most 435 GB of checkpoints, final models and rollouts" in printed
+    assert "# disk: at most 415 GB of checkpoints, final models and rollouts" in printed
+    printed = plan_of(capsys, **ONE_GPU, teacher_lora_rank=32, quick=True)[1]
+    assert "# disk: at most 61 GB" in printed  # so short a run saves no checkpoint
+    printed = plan_of(capsys, **ONE_GPU | {"gpu_memory_gb": 8.0})[1]
+    assert "on each of 1 GPU(s) of 8 GB; no flag makes it fit" in printed
 
 
 @pytest.mark.usefixtures("no_network")
@@ -282,7 +286,7 @@ def test_a_machine_that_does_not_suffice_stops_before_anything_is_loaded(tmp_pat
         ({"gpu_memory_gb": 16.0, "host_memory_gb": 999.0}, r"needs \d+ GB on each of 1 GPU"),
         (
             gpu | {"host_memory_gb": 256.0, "teacher_cpu_offload": True},
-            "need 435 GB of disk, and .* has 64 GB",
+            "need 415 GB of disk, and .* has 64 GB; choose an --output_dir on a larger disk",
         ),
     ]
     usage = type("Usage", (), {"free": 64e9})

@@ -262,13 +262,15 @@ def check_fit(args, machine: Machine, stages: list[Stage]) -> tuple[list, list, 
             continue
         if problem := need.problem(machine, args.jobs):
             ways = remedies(stage, machine, stage.args()) if machine.gpu else []
-            ways = f"; it would fit with {' or '.join(ways)}" if ways else ""
+            ways = f"; it would fit with {' or '.join(ways)}" if ways else "; no flag makes it fit"
+            ways *= machine.gpu is not None
             problems.append(f"{stage.kind} of {model} needs {problem}{ways}")
         if stage.kind == "evaluate":
             continue
-        if not stage.folder.exists():  # two checkpoints, the final model, rollouts
-            shape = memory.shape_of(model)
-            disk += 2 * 12 * memory.moved_parameters(need.args, shape) + 4 * shape.params
+        if not stage.folder.exists():  # checkpoints, the final model, rollouts
+            shape, every = memory.shape_of(model), need.args.checkpoint_every
+            saved = min(need.args.keep_checkpoints, need.args.num_steps // every if every else 0)
+            disk += saved * 12 * memory.moved_parameters(need.args, shape) + 4 * shape.params
             kept = need.args.keep_rollouts * need.args.prompts_per_step * need.args.group_size
             disk += ROLLOUT_BYTES * kept * need.args.max_new_tokens
         place = f"host, {_gb(need.host)}" if need.args.cpu_offload else "GPU"
@@ -284,5 +286,6 @@ def check_fit(args, machine: Machine, stages: list[Stage]) -> tuple[list, list, 
     free = shutil.disk_usage(folder).free
     if disk > free and not machine.elsewhere:
         needed = f"checkpoints, final models and rollouts need {_gb(disk)} of disk"
-        problems.append(f"{needed}, and {folder} has {_gb(free)}")
+        larger = "choose an --output_dir on a larger disk"
+        problems.append(f"{needed}, and {folder} has {_gb(free)}; {larger}")
     return list(dict.fromkeys(problems)), rows, list(dict.fromkeys(details))

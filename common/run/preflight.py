@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,13 +94,7 @@ def check_gpu(device: str, dtype: str, facts: Facts | None = None) -> None:
         return
     facts = facts or look()
     if not facts.usable:
-        why = "torch sees no GPU"
-        if facts.listed:
-            why = (
-                f"nvidia-smi lists {facts.listed}, which torch {torch.__version__} cannot use: "
-                "update the driver (CUDA 13: 580 or newer, for GPUs newer than a V100), or pip "
-                "install -r requirements-gpu.txt, if that torch is a CPU build"
-            )
+        why = why_unusable(facts)
         check(device == "auto", f"--device cuda, but {why}; or use --device cpu")
         if facts.listed:
             print(f"{why}; running on the CPU")
@@ -110,8 +105,18 @@ def check_gpu(device: str, dtype: str, facts: Facts | None = None) -> None:
     )
     check(
         facts.compiler is not None and facts.has_headers,
-        "on a GPU Triton needs a C compiler and Python.h: apt install gcc python3-dev, or name a "
-        "compiler in CC",
+        "on a GPU Triton needs a C compiler and Python.h: apt install gcc "
+        f"python{sys.version_info.major}.{sys.version_info.minor}-dev, or name a compiler in CC",
+    )
+
+
+def why_unusable(facts: Facts) -> str:
+    if not facts.listed:
+        return "torch sees no GPU"
+    return (
+        f"nvidia-smi lists {facts.listed}, which torch {torch.__version__} cannot use: update the "
+        "driver (CUDA 13: 580 or newer, for GPUs newer than a V100), or pip install -r "
+        "requirements-gpu.txt, if that torch is a CPU build"
     )
 
 
@@ -120,6 +125,6 @@ def check_size(name: str, num_parameters: int, device: str) -> None:
     slow = device == "auto" and not torch.cuda.is_available()
     check(
         not slow or num_parameters <= MOST_ON_CPU,
-        f"{name} has {num_parameters / 1e9:.1f}B parameters, and torch sees no GPU; --device cpu "
-        "runs it here all the same",
+        f"{name} has {num_parameters / 1e9:.1f}B parameters, and {why_unusable(look())}; --device "
+        "cpu runs it here all the same",
     )
