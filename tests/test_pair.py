@@ -146,6 +146,10 @@ def test_a_teacher_that_splits_digits(tokenizers):
     matched = [pair.pieces[0][own.completion_ids[i]] for i in own.positions[:-1]]
     assert matched == [piece for piece in matched if len(piece) == 1]
     assert [pair.pieces[1][other.completion_ids[j]] for j in other.positions[:-1]] == matched
+    assert pair.twins([own]) == [own]
+    share = len(own.positions) / len(own.completion_ids)  # of the student's tokens
+    assert pair.metrics() == {"policy/strict_positions": share}
+    assert len(own.completion_ids) < len(other.completion_ids)
 
 
 def test_what_cannot_be_given_back_is_left_out_and_counted(tokenizers):

@@ -98,9 +98,9 @@ class Pair:
         aligned = []
         for rollout in rollouts:
             twin = self.twin(rollout)
-            self.counts[0] += len((twin or rollout).completion_ids)
+            student, teacher = (rollout, twin) if self.here == 0 else (twin, rollout)
+            self.counts[0] += len((student or rollout).completion_ids)
             if twin is not None:
-                student, teacher = (rollout, twin) if self.here == 0 else (twin, rollout)
                 self.counts[1] += len(student.positions)
                 student.twin = teacher
                 student.positions = None if self.all_positions else student.positions
