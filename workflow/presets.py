@@ -110,16 +110,18 @@ REAL_GRPO = REAL_SHARED | {
 }
 REAL_TRANSFER = REAL_SHARED | {
     "prompts_per_step": paper(64, "its mini-batch, taken as prompts"),
-    "group_size": paper(8),
+    "group_size": paper(8, "later published transfers mostly take 1"),
     "temperature": paper(1.0),
     "max_prompt_tokens": paper(2048),
     "micro_batch_tokens": ours(2048 + 16384, "the paper's 4 sequences take 4 times the memory"),
 }
-REAL_OPD = {"num_steps": ours(132, "the paper's 1 epoch of a half")}
+OPD_STEPS = "the paper's 1 epoch of a half; Simple-OPD (2608.06802) settles in about 100"
+REAL_OPD = {"num_steps": ours(132, OPD_STEPS)}
 REAL: Preset = {
     "teacher_grpo": REAL_GRPO,
     "teacher_sft": REAL_TRANSFER | {"num_steps": ours(1320, "the label uses of teacher_grpo")},
-    "fkl_warmup": REAL_TRANSFER | {"num_steps": ours(33, "a quarter of an epoch of a half")},
+    "fkl_warmup": REAL_TRANSFER
+    | {"num_steps": ours(33, "a quarter of an epoch of a half; Simple-OPD: 40 to 175, of SFT")},
     "opd": REAL_TRANSFER | REAL_OPD,
     "semi_opd": REAL_TRANSFER | REAL_OPD,
     "sft_transfer": REAL_TRANSFER,
