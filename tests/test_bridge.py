@@ -357,8 +357,9 @@ folder, log = pathlib.Path(flags["--output_dir"]), pathlib.Path(flags["--log"])
 write = lambda what: log.open("a").write(f"{what} {folder.name}\\n")
 signal.signal(signal.SIGTERM, lambda *_: (write("stopped"), sys.exit(143)))
 write("begin")
-time.sleep(float(flags["--sleep"]))
-if flags["--sleep"] == "0.7":
+while f"begin {flags['--until']}\\n" not in log.read_text():
+    time.sleep(0.02)
+if folder.name == "bad":
     sys.exit(1)
 folder.mkdir()
 write("end")
@@ -367,21 +368,21 @@ write("end")
     (tmp_path / "stub.py").write_text(body)
     monkeypatch.setattr(processes, "ROOT", tmp_path)
 
-    def stage(name: str, sleep: float, *needs):
+    def stage(name: str, until: str, *needs):
+        """A stage that ends once the stage `until` has begun."""
         folder = tmp_path / "out" / name
-        fixed_flags = {"sleep": sleep, "log": str(log), "output_dir": str(folder)}
+        fixed_flags = {"until": until, "log": str(log), "output_dir": str(folder)}
         return Stage(name, "", "stub.py", folder, fixed_flags, {}, list(needs))
 
-    a, b = stage("a", 0.6), stage("b", 0.1)
-    c = stage("c", 0.1, a)
-    d = stage("d", 0.1, b)
+    a, b = stage("a", "d"), stage("b", "a")
+    c, d = stage("c", "c", a), stage("d", "d", b)
     processes.run_stages([a, c, b, d], 2, forks)
     lines = log.read_text().split("\n")
     assert set(lines[:2]) == {"begin a", "begin b"}
     assert lines.index("begin d") < lines.index("end a") < lines.index("begin c")
     log.unlink()
     with pytest.raises(RunFailure, match="stage bad failed"):
-        processes.run_stages([stage("slow", 30), stage("bad", 0.7)], 2, forks)
+        processes.run_stages([stage("slow", "nothing"), stage("bad", "slow")], 2, forks)
     assert "stopped slow" in log.read_text()
 
 
