@@ -175,10 +175,10 @@ def test_the_chunks_logits_are_freed():
         return -token_logprobs(logits, tokens)[0].sum(), {}
 
     def resident() -> int:
-        for _ in range(5):
+        for _ in range(15):
             hidden = torch.randn(64, 8).requires_grad_()  # 38 MB of logits
             inputs = {"tokens": torch.zeros(64, dtype=torch.long)}
             head_backward(hidden, Model(), loss_fn, inputs=inputs, denominator=1.0, chunk_size=64)
         return int(statm.read_text().split()[1]) * 4096
 
-    assert resident() + 100e6 > resident()
+    assert resident() + 300e6 > resident()  # 570e6 if each stayed; an allocator keeps some itself
