@@ -254,7 +254,7 @@ def main(args: Args) -> None:
         args.model, args.teacher, length=length, lora_rank=args.lora_rank, device=args.device
     )
     tokenizer = load_tokenizer(args.model, args.teacher, args.chat_template)
-    pair = load_pair(tokenizer, args, device, "teacher")
+    pair = load_pair(tokenizer, args.teacher, device, not args.rollouts, args.hard_labels)
 
     # --- data ---
     task = Task(args.task)

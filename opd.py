@@ -297,7 +297,8 @@ def main(args: Args) -> None:
         args.model, args.teacher, length=length, lora_rank=args.lora_rank, device=args.device
     )
     tokenizer = load_tokenizer(args.model, args.teacher, args.chat_template)
-    pair = load_pair(tokenizer, args, device, "student")
+    pair = load_pair(tokenizer, args.teacher, device)
+    check(not pair or args.estimator == "full", "two vocabularies need --estimator full")
 
     # --- data ---
     task = Task(args.task)

@@ -15,7 +15,6 @@ from test_scripts import run_process
 from transformers import AutoTokenizer
 
 import bridge
-import opd
 from common.model import load as model
 from common.model.load import load_model
 from common.model.tokenizer import end_ids, load_tokenizer
@@ -154,11 +153,11 @@ def test_a_teacher_of_another_family_makes_a_pair(llamas, tokenizer, tmp_path):
     tiny_model(tokenizer).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     student, cpu = load_tokenizer(llamas[1], str(tmp_path)), torch.device("cpu")
-    pair = load_pair(student, opd.Args(teacher=str(tmp_path)), cpu, "student")
+    pair = load_pair(student, str(tmp_path), cpu)
     own, other = (
         [tokenizer.decode([i]) for i in ids.tolist()]
         for tokenizer, ids in zip(pair.tokenizers, (pair.student, pair.teacher), strict=True)
     )
     assert len(own) > 50
     assert own[1:] == other[1:]  # the first are the ends of a turn
-    assert load_pair(student, opd.Args(teacher=llamas[0]), cpu, "student") is None
+    assert load_pair(student, llamas[0], cpu) is None

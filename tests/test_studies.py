@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 
 import pytest
 from conftest import SEED
@@ -93,6 +94,13 @@ def test_a_study_waits_for_what_its_script_saves(tmp_path, monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     assert (tmp_path / "saved").exists()
+
+
+def test_a_variant_is_applied_within_a_checkout_too(tmp_path):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    tree = studies.variant("self_distillation", tmp_path / "runs")
+    assert "told_prompt" in (tree / "opd.py").read_text()
+    assert studies.variant("self_distillation", tmp_path / "runs") == tree
 
 
 def test_a_table_cell_is_the_mean_with_its_interval():

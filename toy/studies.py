@@ -52,11 +52,14 @@ def variant(name: str, folder: Path) -> Path:
     """A copy of this repository's code with a diff of docs/variants, made once."""
     tree, diff = folder / "trees" / name, ROOT / "docs" / "variants" / f"{name}.diff"
     if not tree.exists():
+        half = tree.with_name(f"{name}.tmp")
+        shutil.rmtree(half, ignore_errors=True)
         for part in ("common", "toy", "workflow"):
-            shutil.copytree(ROOT / part, tree / part)
+            shutil.copytree(ROOT / part, half / part)
         for script in ROOT.glob("*.py"):
-            shutil.copy(script, tree)
-        subprocess.run(["git", "apply", str(diff)], cwd=tree, check=True)
+            shutil.copy(script, half)
+        subprocess.run(["git", "apply", str(diff)], cwd=half, check=True)
+        half.rename(tree)
     return tree
 
 

@@ -261,10 +261,10 @@ def check_fit(args, machine: Machine, stages: list[Stage]) -> tuple[list, list, 
             details.append(str(error))
             continue
         if problem := need.problem(machine, args.jobs):
-            ways = remedies(stage, machine, stage.args()) if machine.gpu else []
-            ways = f"; it would fit with {' or '.join(ways)}" if ways else "; no flag makes it fit"
-            ways *= machine.gpu is not None
-            problems.append(f"{stage.kind} of {model} needs {problem}{ways}")
+            if machine.gpu:
+                ways = " or ".join(remedies(stage, machine, stage.args()))
+                problem += f"; it would fit with {ways}" if ways else "; no flag makes it fit"
+            problems.append(f"{stage.kind} of {model} needs {problem}")
         if stage.kind == "evaluate":
             continue
         if not stage.folder.exists():  # checkpoints, the final model, rollouts

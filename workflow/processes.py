@@ -162,13 +162,16 @@ def run_stages(stages: list[Stage], jobs: int, forks: bool = False) -> None:
                 if frame:
                     os._exit(128 + number)  # a second signal
 
-            for again in SIGNALS:
-                signal.signal(again, pass_on)
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                names = ", ".join(child.stage.name for child in children)
-                waits = f"waiting for {names} to end a phase" if names else "stopping"
-                print(f"\n{waits}; a second signal stops at once", file=sys.stderr, flush=True)
-            pass_on(number)
-            for child in children:
-                child.wait()
+            with STOP.held():
+                before = {again: signal.signal(again, pass_on) for again in SIGNALS}
+                if children:
+                    names = ", ".join(child.stage.name for child in children)
+                    waits = f"\nwaiting for {names} to end a phase; a second signal stops at once"
+                    with contextlib.suppress(OSError):  # the terminal may be gone
+                        print(waits, file=sys.stderr, flush=True)
+                pass_on(number)
+                for child in children:
+                    child.wait()
+                for again, handler in before.items():
+                    signal.signal(again, handler)
             raise

@@ -114,15 +114,15 @@ class Pair:
         return {"policy/strict_positions": strict / max(1, total)}
 
 
-def load_pair(tokenizer, args, device: torch.device, sampled_by: str) -> Pair | None:
-    """Return the pair that the student's tokenizer and the one of a trainer's --teacher make; None
-    if they have one vocabulary. sampled_by: "student" or "teacher", unless --rollouts are given."""
-    other = load_teachers_tokenizer(tokenizer, args.teacher)
+def load_pair(
+    tokenizer, teacher: str, device: torch.device, teacher_samples: bool = False, sft: bool = False
+) -> Pair | None:
+    """Return the pair that a student's tokenizer and its teacher's make; None if they have one
+    vocabulary. sft: every token of the student's has a loss."""
+    other = load_teachers_tokenizer(tokenizer, teacher)
     if other is None:
         return None
-    side = int(sampled_by == "teacher" and not args.rollouts)
-    pair = Pair(tokenizer, other, device, side, getattr(args, "hard_labels", False))
-    check(getattr(args, "estimator", "full") == "full", "two vocabularies need --estimator full")
+    pair = Pair(tokenizer, other, device, int(teacher_samples), sft)
     print(
         f"two vocabularies, of {len(tokenizer):,} and {len(other):,} tokens: {len(pair.student):,} "
         "are shared, and are compared where one of each covers the same text"
