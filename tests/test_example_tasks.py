@@ -28,18 +28,19 @@ def rows_of(name: str) -> list[dict]:
 
 
 countdown, code, json_extract = load("countdown"), load("code"), load("json_extract")
+instructions = load("instructions")
 
 
 # === all tasks ===
 
 
-@pytest.mark.parametrize("task", [countdown, json_extract])
+@pytest.mark.parametrize("task", [countdown, json_extract, instructions])
 def test_the_files_are_what_the_task_makes(task):
     for name, text in task.make_data().items():
         assert (TASKS / name).read_text() == text, f"run {task.__file__}"
 
 
-@pytest.mark.parametrize("task", [countdown, code, json_extract])
+@pytest.mark.parametrize("task", [countdown, code, json_extract, instructions])
 def test_a_task_has_what_the_trainers_read(task):
     files = [*task.datasets.values(), *task.benchmarks.values()]
     rows = [row for file in files if isinstance(file, str) for row in rows_of(file)]
@@ -285,6 +286,113 @@ def test_json_gold_objects_get_all():
     for row in rows:
         assert json_extract.grade(f"```json\n{json_extract.gold(row)}\n```", row) == 1.0
         assert json_extract.grade("{}", row) == 0.0
+
+
+# === instructions ===
+
+# Kind of constraint, parameter, answers that meet it, answers that do not.
+CHECKED = [
+    (
+        "max_words",
+        "4",
+        ["One two three four.", "it's a well-made thing"],
+        ["One, two, three, 4, 5"],
+    ),
+    ("min_words", "4", ["One two three four."], ["One two three", "One two well-made"]),
+    (
+        "sentences",
+        "2",
+        ["It is 3.5 km away. Go there now!", 'He said "go there." She went', "Is it so?! It is."],
+        ["It is far away.", "It is. It was. It will be.", "So it is... and was... and was."],
+    ),
+    (
+        "bullets",
+        "2",
+        ["- one two\n- three", "Here:\n  * one two\n  * three"],
+        ["- one two - three", "-one two\n-three four", "- one\n- two\n- three"],
+    ),
+    (
+        "json",
+        "name and size",
+        ['{"name": "a cat here", "size": 2}', '```json\n{"size": 2, "name": "a cat here"}\n```'],
+        [
+            '{"name": "a cat here"}',
+            'It is {"name": "a cat", "size": 2}',
+            '["name", "and", "size"]',
+            '{"name": "a cat here", "size": 2, "age": 3}',
+            '{"name": "a cat here", "size": ' + "[" * 100_000,
+        ],
+    ),
+    (
+        "script",
+        "Greek",
+        ["\u0397 \u03b3\u03ac\u03c4\u03b1 \u03b5\u03af\u03bd\u03b1\u03b9 9!"],
+        ["The cat is here", "\u0397 \u03b3\u03ac\u03c4\u03b1 is", "1 2 3 4"],
+    ),
+    (
+        "lower_case",
+        "",
+        ["a cat is here", "\u03b7 \u03b3\u03ac\u03c4\u03b1 \u03b5\u03b4\u03ce"],
+        ["A cat is here"],
+    ),
+    ("no_commas", "", ["A cat; a dog; a man"], ["A cat, a dog, a man"]),
+    (
+        "repeats",
+        "new",
+        ["New is new, I think", 'A new car, a "new" man'],
+        ["new new new", "It is newer, the new newt", "a new one here"],
+    ),
+    (
+        "begins_with",
+        "Well",
+        ["Well, it is so", '"Well it is so"', "well it is so"],
+        ["It is well so", "Wells are so deep"],
+    ),
+    (
+        "ends_with",
+        "that's all",
+        ["And so that's all.", "So that's all!", "That's it. That's all"],
+        ["That's all for now", "that is all"],
+    ),
+]
+
+
+def test_every_constraint_is_tested():
+    assert [kind for kind, *_ in CHECKED] == list(instructions.CONSTRAINTS)
+
+
+@pytest.mark.parametrize(("kind", "value", "met", "missed"), CHECKED, ids=lambda x: str(x)[:12])
+def test_constraints(kind, value, met, missed):
+    row = {"constraints": json.dumps([[kind, value]])}
+    assert [instructions.grade(text, row) for text in met] == [1.0] * len(met)
+    assert [instructions.grade(text, row) for text in missed] == [0.0] * len(missed)
+
+
+def test_the_reward_is_the_share_of_constraints():
+    row = {"constraints": json.dumps([["lower_case", ""], ["no_commas", ""], ["max_words", "4"]])}
+    assert instructions.grade("a cat is here", row) == 1.0
+    assert instructions.grade("a cat, is here", row) == pytest.approx(2 / 3)
+    assert instructions.verdicts("A cat, a dog", row["constraints"]) == {
+        "lower_case": False,
+        "no_commas": False,
+        "max_words": True,
+    }
+
+
+@pytest.mark.parametrize("answer", ["", "ok", "\n- -\n", "no. no."])
+def test_an_answer_of_two_words_earns_nothing(answer):
+    for row in rows_of("instructions_train.jsonl"):
+        assert instructions.grade(answer, row) == 0.0
+
+
+def test_parameters_and_subjects_are_held_out():
+    used = {}
+    for name in ("train", "test"):
+        rows = rows_of(f"instructions_{name}.jsonl")
+        listed = [pair for row in rows for pair in json.loads(row["constraints"])]
+        used[name] = {tuple(pair) for pair in listed if pair[1]}
+        assert {kind for kind, _ in listed} == set(instructions.CONSTRAINTS)
+    assert used["train"].isdisjoint(used["test"])
 
 
 # === code ===

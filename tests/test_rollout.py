@@ -329,7 +329,7 @@ def test_given_rollouts_end_once_or_not_at_all(task, tmp_path, tokenizer):
 
 @pytest.mark.parametrize("ids", [[], ["2"], [2.0], [True], [-1], "22", {"2": 2}, [[2]]])
 def test_given_token_ids_must_be_ids(task, tmp_path, tokenizer, ids):
-    with pytest.raises(UserError, match="row 1: completion_ids must be a list of one or more token ids"):
+    with pytest.raises(UserError, match="row 1: completion_ids must be a list of one or more"):
         given(task, tmp_path, tokenizer, {"completion_ids": ids})
 
 
