@@ -1,6 +1,7 @@
 """The example tasks: what each grades as right, wrong and partly right, and what cheats get."""
 
 import ctypes
+import http.server
 import importlib.util
 import json
 import os
@@ -8,10 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+
+from common.tasks.task import Task
 
 TASKS = Path(__file__).parents[1] / "examples" / "tasks"
 
@@ -594,3 +598,62 @@ def test_code_solutions_pass_their_tests():
         expected = [test.rpartition(" == ")[2] for test in row["tests"]]
         share = max(expected.count(value) for value in expected) / len(expected)
         assert share <= 0.5, f"a constant earns {share}: {row['problem']}"
+
+
+# === a judge ===
+
+
+class Judge(http.server.BaseHTTPRequestHandler):
+    """Replies what the server's list says, in turn: a text, or a status code."""
+
+    def do_POST(self):
+        length = int(self.headers["Content-Length"])
+        self.server.asked.append(json.loads(self.rfile.read(length)))
+        reply = self.server.replies.pop(0)
+        self.send_response(reply if isinstance(reply, int) else 200)
+        self.end_headers()
+        message = {"message": {"content": reply}}
+        self.wfile.write(json.dumps({"choices": [message]}).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def judge():
+    server = http.server.HTTPServer(("127.0.0.1", 0), Judge)
+    server.asked, server.replies = [], []
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_the_judge_of_the_docs(judge, tmp_path, monkeypatch):
+    page = (TASKS.parents[1] / "docs" / "tasks.md").read_text()
+    code = page.partition("## A judge")[2].partition("```python\n")[2].partition("```")[0]
+    file = tmp_path / "judge.py"
+    assert "(0, 1, 3)" in code
+    file.write_text(code.replace("(0, 1, 3)", "(0, 0, 0)"))  # no pauses
+    monkeypatch.setenv("JUDGE_URL", f"http://127.0.0.1:{judge.server_port}/v1/chat/completions")
+    with Task(str(file)) as task:
+        judge.replies += [503] * 3  # grade() is tried once with an empty completion
+        (problem,) = task.problems([{"question": "Why?"}], "mine")
+        assert problem.messages[-1]["content"] == "Why?"
+        for replies, reward, outcome in [
+            (["7"], 0.7, "partial"),
+            (["A grade of 10."], 1.0, "correct"),
+            (["100"], 1.0, "correct"),
+            ([503, "4"], 0.4, "partial"),
+            (["no"], 0.0, "crash"),
+            ([503, 503, 503], 0.0, "crash"),
+        ]:
+            judge.asked.clear()
+            judge.replies[:] = replies
+            (verdict,) = task.grade(["Because."], [problem])
+            assert (verdict.reward, verdict.outcome) == (reward, outcome)
+            assert len(judge.asked) == len(replies)
+            assert "Because." in judge.asked[0]["messages"][0]["content"]
+        assert "no grade from http" in verdict.message

@@ -243,7 +243,7 @@ def test_unicode_in_gold_answers_and_zero_width_spaces(task):
 
 
 def test_what_can_still_be_paid_for(task):
-    """The price of judging texts instead of trees: docs/verifier.md counts it."""
+    """The price of judging texts instead of trees: docs/tasks.md counts it."""
     assert all(verdicts(task, pairs(STILL_PAID)).values())
 
 

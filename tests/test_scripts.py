@@ -93,7 +93,7 @@ def test_the_run_folder_is_complete(trained, script):
 
 @pytest.mark.parametrize("script", TRAINERS)
 def test_every_logged_metric_is_documented(trained, script):
-    table = (ROOT / "docs" / "metrics.md").read_text()
+    table = (ROOT / "docs" / "runs.md").read_text()
     documented = set(re.findall(r"^\| `([a-z]+/[a-z_]+)` \|", table, re.M))
     for row in metrics_of(trained / script):
         assert row.keys() - {"step"} <= documented

@@ -1,7 +1,7 @@
 """Countdown for a small model: the same task behind worked examples, as turns of the chat.
 
 SmolLM2-135M answers the bare prompt with prose. Behind examples it writes expressions, now and then
-a right one, and GRPO has something to begin with (docs/tasks.md).
+a right one, and GRPO has something to begin with (docs/pretrained.md).
 """
 
 import countdown
