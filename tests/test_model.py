@@ -6,10 +6,11 @@ import shutil
 import pytest
 import torch
 from conftest import tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from common.model import save as saving
-from common.model.load import check_shapes, load_model
+from common.model.load import check_shapes, empty_model, load_model
+from common.model.shard import make_buffers
 from common.model.tokenizer import end_ids, load_tokenizer, share_end_ids
 from common.run.errors import UserError
 from common.run.inputs import ROOT
@@ -142,3 +143,33 @@ def test_lengths_beyond_the_models_positions():
     check_shapes(*names, length=512)
     with pytest.raises(UserError, match="are 513 together, and toy/student takes at most 512"):
         check_shapes(*names, length=513)
+
+
+SMALL = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+ROPES = {
+    "llama": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
+    | {"high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+    "qwen3": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
+    | {"original_max_position_embeddings": 64},
+    "gemma3_text": None,  # two kinds of layers with two rotations; embeddings are scaled
+}
+
+
+@pytest.mark.parametrize("family", ROPES)
+def test_what_is_in_no_file_is_computed_as_transformers_does(family):
+    """Where a model is sharded, its layers are made without memory: buffers too."""
+    rope = {"rope_parameters": ROPES[family]} if ROPES[family] else {}
+    config = AutoConfig.for_model(family, **SMALL, **rope)
+    expected = AutoModelForCausalLM.from_config(config).eval()
+    model = empty_model(config, torch.float32).eval()
+    model.to_empty(device="cpu").load_state_dict(expected.state_dict())
+    for _, buffer in model.named_buffers():
+        buffer.fill_(torch.nan)
+    make_buffers(model, CPU)
+    buffers = dict(model.named_buffers())
+    assert buffers
+    for name, buffer in expected.named_buffers():
+        torch.testing.assert_close(buffers[name], buffer, msg=name)
+    ids = torch.arange(50)[None]
+    torch.testing.assert_close(model(ids).logits, expected(ids).logits)

@@ -12,19 +12,21 @@ def transfer_metrics(logp: torch.Tensor, logq: torch.Tensor) -> dict[str, torch.
 
     logp, logq: finite log-probs [C, V] of the student and of the teacher. The KL to the teacher
     both ways, the student's entropy and its gap to the teacher's, and the share of the teacher's
-    16 likeliest tokens that are among the student's 16.
+    16 likeliest tokens that are among the student's 16 (not of two vocabularies, where V is 16).
     """
     p, q, log_ratio = logp.exp(), logq.exp(), logp - logq
     entropy, teacher_entropy = -torch.linalg.vecdot(p, logp), -torch.linalg.vecdot(q, logq)
-    top, teacher_top = (likeliest(x, min(16, x.shape[1])).indices for x in (logp, logq))
-    shared = (teacher_top[:, :, None] == top[:, None]).any(-1)  # [C, 16]
-    return {
+    metrics = {
         "policy/entropy": entropy.sum(),
         "policy/entropy_gap": (entropy - teacher_entropy).sum(),
         "policy/reverse_kl": torch.linalg.vecdot(p, log_ratio).sum(),
         "policy/forward_kl": -torch.linalg.vecdot(q, log_ratio).sum(),
-        "policy/topk_overlap": shared.float().mean(-1).sum(),
     }
+    if logp.shape[1] > 16:
+        top, teacher_top = (likeliest(x, 16).indices for x in (logp, logq))
+        shared = (teacher_top[:, :, None] == top[:, None]).any(-1)  # [C, 16]
+        metrics["policy/topk_overlap"] = shared.float().mean(-1).sum()
+    return metrics
 
 
 def engine_metrics(trainer: torch.Tensor, engine: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -97,12 +97,15 @@ def _weight_files(path: str) -> dict[str, str]:
         return dict.fromkeys(file.keys(), single)
 
 
+@torch.no_grad()
 def make_buffers(model, device: torch.device) -> None:
-    """Compute rotary frequencies, which are in no file, as the module does."""
+    """Compute buffers that are in no file, such as rotary frequencies, as transformers does."""
     for owner in {name.rpartition(".")[0] for name, _ in model.named_buffers()}:
         module = model.get_submodule(owner)
-        fresh = type(module)(module.config)
-        for key, buffer in fresh.named_buffers(recurse=False):
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = True  # else it would get random values
+        model._init_weights(module)
+        for key, buffer in module.named_buffers(recurse=False):
             module.register_buffer(key, buffer.to(device), persistent=False)
 
 
