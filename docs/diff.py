@@ -2,7 +2,7 @@
 
     python docs/diff.py
 
-The reasons stand in docs/diff_reasons.json, by files, place and first changed line.
+The reasons stand in docs/diff_reasons.json, by files and place: a section, and the function in it.
 """
 
 import json
@@ -48,11 +48,6 @@ class Hunk:
     only_in: str  # the file that has this piece, if the other has not
     lines: list[str]
 
-    @property
-    def first(self) -> str:
-        line = next(line for line in self.lines if line[0] != " ")
-        return f"{line[0]} {line[1:].strip()}"
-
 
 def pieces(text: str) -> dict[tuple[str, str], list[str]]:
     """(section, title) -> lines of a trainer, in order."""
@@ -93,15 +88,16 @@ def counts(found: list[Hunk]) -> str:
     return f"{signs['-']} | {signs['+']}"
 
 
-def section_text(section: str, found: list[Hunk], why: dict[str, dict[str, str]]) -> str:
-    text, title = f"\n### {section}\n", ""
+def section_text(section: str, found: list[Hunk], why: dict[str, str]) -> str:
+    text, place = f"\n### {section}\n", ""
     for hunk in found:
-        if hunk.title != title:
-            title = hunk.title
-            text += f"\n#### {title}{hunk.only_in and f', only in {hunk.only_in}'}\n"
+        if hunk.place != place:
+            place = hunk.place
+            if hunk.title:
+                text += f"\n#### {hunk.title}{hunk.only_in and f', only in {hunk.only_in}'}\n"
+            text += f"\n{why[place]}\n" if place in why else ""
         lines = "\n".join(line.rstrip() for line in hunk.lines).rstrip()
-        reason = why.get(hunk.place, {}).get(hunk.first, "")
-        text += f"\n{reason}\n" * bool(reason) + f"\n```diff\n{lines}\n```\n"
+        text += f"\n```diff\n{lines}\n```\n"
     return text
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TRAINERS = ("grpo.py", "opd.py", "fkl_warmup.py")
 # Flags of other programs that the pages name.
-FOREIGN_FLAGS = {"help", "no-deps", "shutdown_timeout"}
+FOREIGN_FLAGS = {"help", "no-deps", "shutdown_timeout", "logdir"}
 FOREIGN_FLAGS |= {"nodes", "ntasks-per-node", "gpus-per-node", "signal"}  # Slurm's
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -95,6 +95,8 @@ def test_flags_exist():
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.ClassDef) and node.name == "Args":
                     known |= {field.target.id for field in node.body if hasattr(field, "target")}
+    for path in (ROOT / "docs" / "variants").glob("*.diff"):
+        known |= set(re.findall(r"^\+    (\w+): ", path.read_text(), re.MULTILINE))
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", page.read_text()))
         missing = ", ".join(f"--{name}" for name in sorted(named - known))
