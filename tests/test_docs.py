@@ -95,6 +95,7 @@ def test_flags_exist():
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.ClassDef) and node.name == "Args":
                     known |= {field.target.id for field in node.body if hasattr(field, "target")}
+    known |= set(re.findall(r'add_argument\("--(\w+)"', (ROOT / "docs/exercise.py").read_text()))
     for path in (ROOT / "docs" / "variants").glob("*.diff"):
         known |= set(re.findall(r"^\+    (\w+): ", path.read_text(), re.MULTILINE))
     for page in PAGES:

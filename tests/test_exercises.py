@@ -1,10 +1,11 @@
 """docs/exercises.md keeps its word: the tests it names pass as the code stands, and fail with an
 empty body and with each of its wrong answers."""
 
-import ast
 import os
 import re
+import runpy
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from common.run.inputs import ROOT
 from workflow.processes import start_forked
 
+SCRIPT = runpy.run_path(str(ROOT / "docs" / "exercise.py"))
 PAGE = (ROOT / "docs" / "exercises.md").read_text()
 SOURCES = ("common", "tests", "toy", "workflow", "pyproject.toml", "evaluate.py")
 SOURCES += ("grpo.py", "opd.py", "fkl_warmup.py")
@@ -45,15 +47,7 @@ EXERCISES = [exercise_of(section) for section in re.split(r"^## \d+\. ", PAGE, f
 
 
 def source_of(exercise: Exercise) -> tuple[str, str, str]:
-    """The file before the function's body, the body, and the file behind it; the docstring stays
-    before."""
-    text = (ROOT / exercise.file).read_text()
-    nodes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
-    (node,) = [n for n in nodes if n.name == exercise.function]
-    body = node.body[1:] if ast.get_docstring(node) else node.body
-    lines = text.splitlines(keepends=True)
-    first, last = body[0].lineno - 1, node.end_lineno
-    return "".join(lines[:first]), "".join(lines[first:last]), "".join(lines[last:])
+    return SCRIPT["parts"]((ROOT / exercise.file).read_text(), exercise.function)
 
 
 @pytest.fixture
@@ -101,6 +95,25 @@ def test_a_wrong_answer_is_made_of_lines_of_the_function():
         for old, new in exercise.wrong:
             assert body.count(f"{old}\n") == 1, f"{exercise.title}: not in the function: {old}"
             assert new.strip()
+
+
+def test_an_exercise_is_begun_and_solved_beside_others(tmp_path):
+    (tmp_path / "docs").mkdir()
+    for name in ("grpo.py", "docs/exercise.py", "docs/exercises.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+
+    def script(*words: str) -> int:
+        command = [sys.executable, str(tmp_path / "docs" / "exercise.py"), *words]
+        return subprocess.run(command, capture_output=True).returncode
+
+    texts = [(tmp_path / "grpo.py").read_text()]
+    for words in (["2"], ["3"], ["2", "--solve"], ["3", "--solve"]):
+        assert script(*words) == 0
+        texts.append((tmp_path / "grpo.py").read_text())
+    assert [text.count("raise NotImplementedError") for text in texts] == [0, 1, 2, 1, 0]
+    assert texts[4] == texts[0]
+    assert all(compile(text, "grpo.py", "exec") for text in texts)
+    assert [script("2"), script("2"), script("3", "--solve"), script("99")] == [0, 1, 1, 1]
 
 
 @pytest.mark.slow

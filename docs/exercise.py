@@ -1,0 +1,61 @@
+"""Empty the function of an exercise of docs/exercises.md, or put the solution back.
+
+python docs/exercise.py 2             # its body goes to docs/exercise_2.txt
+python docs/exercise.py 2 --solve     # and comes back; other exercises stay as they are
+"""
+
+import argparse
+import ast
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+EMPTY = "raise NotImplementedError\n"
+
+
+def function_of(number: int) -> tuple[str, Path]:
+    """Return the name of an exercise's function, and its file."""
+    page = (ROOT / "docs/exercises.md").read_text("utf-8")
+    section = re.search(rf"^## {number}\. .+?(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    if section is None:
+        sys.exit(f"there is no exercise {number}")
+    name, file = re.search(r"^\[`(\w+)`\]\(\.\./(\S+\.py)#", section[0], re.MULTILINE).groups()
+    return name, ROOT / file
+
+
+def parts(text: str, function: str) -> tuple[str, str, str]:
+    """Return a file's text before a function's body, the body, and what follows. The docstring
+    stays before."""
+    nodes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
+    (node,) = [n for n in nodes if n.name == function]
+    body = node.body[1:] if ast.get_docstring(node) else node.body
+    lines = text.splitlines(keepends=True)
+    first, last = body[0].lineno - 1, node.end_lineno
+    return "".join(lines[:first]), "".join(lines[first:last]), "".join(lines[last:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("number", type=int)
+    parser.add_argument("--solve", action="store_true")
+    args = parser.parse_args()
+    name, file = function_of(args.number)
+    solution = ROOT / "docs" / f"exercise_{args.number}.txt"
+    before, body, after = parts(file.read_text("utf-8"), name)
+    if args.solve and not solution.exists():
+        sys.exit(f"exercise {args.number} was not begun: there is no {solution.name}")
+    if not args.solve and solution.exists():
+        sys.exit(f"exercise {args.number} was begun already; --solve first")
+    if args.solve:
+        new = solution.read_text("utf-8")
+        solution.unlink()
+    else:
+        solution.write_text(body, "utf-8")
+        new = re.match(r" +", body)[0] + EMPTY
+    file.write_text(before + new + after, "utf-8")
+    print(f"{name} in {file.relative_to(ROOT)} is {'solved' if args.solve else 'yours to write'}")
+
+
+if __name__ == "__main__":
+    main()
