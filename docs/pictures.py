@@ -1,4 +1,5 @@
-"""memory.svg and phases.svg: what is on the GPU in a step of OPD, by workflow/memory.py.
+"""memory.svg and phases.svg: what is on the GPU in a step of OPD, by workflow/memory.py; clip.svg:
+GRPO's loss of one token over its ratio, by grpo.loss_fn.
 
 python docs/pictures.py
 """
@@ -8,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import grpo
 import opd
 from workflow import memory
 from workflow.memory import GB, Plan
@@ -34,8 +37,6 @@ GPU = 80 * GB
 
 def draw(plans: dict[str, tuple[Plan, str]], path: Path) -> None:
     """Draw one bar a row: the items of a plan that are on the GPU in one phase, in GB."""
-    plt.rcParams |= {"text.color": INK, "axes.labelcolor": INK, "xtick.color": INK}
-    plt.rcParams |= {"ytick.color": INK, "axes.edgecolor": INK, "svg.hashsalt": "fixed"}
     figure, axis = plt.subplots(figsize=(8.5, 0.9 * len(plans) + 2.0), layout="constrained")
     names = list(dict.fromkeys(i.name for plan, phase in plans.values() for i in of(plan, phase)))
     in_plan = dict.fromkeys(item.name for plan, _ in plans.values() for item in plan.items)
@@ -64,7 +65,31 @@ def plan_of(args: opd.Args) -> Plan:
     return memory.plan(args, student, [teacher], student, 1, GPU, loss_is_fused=False)
 
 
+def draw_clipping(path: Path) -> None:
+    """Draw minus the loss of a token over its ratio, for an advantage of 1 and of -1."""
+    old, ratios = torch.tensor([0.3]).log(), torch.linspace(0.4, 1.8, 141)
+    figure, axes = plt.subplots(1, 2, figsize=(8.5, 2.8), layout="constrained")
+    for axis, advantage in zip(axes, (1.0, -1.0), strict=True):
+        gains = []
+        for ratio in ratios:
+            p = old.exp() * ratio
+            logits, one = torch.cat([p, 1 - p]).log()[None], torch.tensor([advantage])
+            word = torch.zeros(1).long()
+            loss, _ = grpo.loss_fn(logits, word, one, torch.ones(1), old, old, None, grpo.Args())
+            gains.append(-loss.item())
+        axis.plot(ratios, advantage * ratios, ":", color=INK, label="ratio x advantage")
+        axis.plot(ratios, gains, label="what GRPO maximises")
+        axis.set(title=f"advantage {advantage:+g}", xlabel="ratio: new / old probability")
+        axis.title.set_color(INK)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    figure.savefig(path, transparent=True, metadata={"Date": None})
+
+
 def main(folder: Path) -> None:
+    plt.rcParams |= {"text.color": INK, "axes.labelcolor": INK, "xtick.color": INK}
+    plt.rcParams |= {"ytick.color": INK, "axes.edgecolor": INK, "svg.hashsalt": "fixed"}
+    draw_clipping(folder / "clip.svg")
     chunked = plan_of(ARGS)
     whole = plan_of(replace(ARGS, chunk_size=ARGS.micro_batch_tokens))
     heads = {f"head in chunks of {ARGS.chunk_size:,}": (chunked, "update")}
