@@ -22,8 +22,8 @@ V vocabulary, D hidden size.
     python fkl_warmup.py                                  # the toy student and teacher, on a CPU
     python fkl_warmup.py --model Qwen/Qwen3-1.7B --teacher runs/grpo-8B/final \
         --dataset open-r1/DAPO-Math-17k-Processed:all --dtype bfloat16 --learning_rate 1e-6 \
-        --max_prompt_tokens 2048 --max_new_tokens 4096 --micro_batch_tokens 8192 \
-        --output_dir runs/fkl-1.7B                                                    # on a GPU
+        --prompts_per_step 128 --group_size 1 --max_prompt_tokens 2048 --max_new_tokens 4096 \
+        --micro_batch_tokens 8192 --output_dir runs/fkl-1.7B                          # on a GPU
 """
 
 from dataclasses import dataclass
@@ -98,7 +98,7 @@ class Args:
     eval_dataset: str | None = None
     """what --eval_every evaluates on: a benchmark or a file; default: the task's first benchmark"""
     decontaminate: tuple[str, ...] | None = None
-    """sets whose problems are removed; default: for a hub dataset every benchmark, else none"""
+    """sets to keep out, beside --eval_dataset; default: for a hub dataset every benchmark"""
     max_prompt_tokens: Annotated[int, POSITIVE] = 128
     """longer prompts are dropped"""
     thinking: bool = False
@@ -138,7 +138,7 @@ class Args:
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """what follows the warmup"""
     warmup_steps: Annotated[int, NOT_NEGATIVE] = 10
-    """linear warmup from 0"""
+    """linear warmup of the learning rate from 0"""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """AdamW's weight decay"""
     max_grad_norm: Annotated[float, POSITIVE] = 1.0

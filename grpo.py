@@ -95,7 +95,7 @@ class Args:
     eval_dataset: str | None = None
     """what --eval_every evaluates on: a benchmark or a file; default: the task's first benchmark"""
     decontaminate: tuple[str, ...] | None = None
-    """sets whose problems are removed; default: for a hub dataset every benchmark, else none"""
+    """sets to keep out, beside --eval_dataset; default: for a hub dataset every benchmark"""
     max_prompt_tokens: Annotated[int, POSITIVE] = 128
     """longer prompts are dropped"""
     thinking: bool = False
@@ -135,7 +135,7 @@ class Args:
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """what follows the warmup"""
     warmup_steps: Annotated[int, NOT_NEGATIVE] = 10
-    """linear warmup from 0"""
+    """linear warmup of the learning rate from 0"""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """AdamW's weight decay"""
     max_grad_norm: Annotated[float, POSITIVE] = 1.0
