@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+from scipy.stats import spearmanr
 
 from common.run.process import start
 from common.tasks.rows import read_file
@@ -156,10 +157,10 @@ def draw_map(points: list[Point], path: Path) -> None:
 
 def draw_law(points: list[Point], seeds: tuple[int, ...], path: Path) -> None:
     """A point a seed; of cold GRPO two: its first success, and its first step of half successes.
-    Prints these steps too."""
+    Prints these steps too, and how accuracy after OPD goes with the KL after the warmup."""
     first_step = points[0].folder / f"seed_{seeds[0]}" / "cold" / "rollouts" / "step_1.jsonl"
     completions = len(list(read_file(first_step)))
-    lines = []
+    lines, pairs = [], []
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), constrained_layout=True)
     for number, point in enumerate(points):
         after_opd = Results(point.folder).accuracy("half/opd")
@@ -174,6 +175,7 @@ def draw_law(points: list[Point], seeds: tuple[int, ...], path: Path) -> None:
                 found[share].append(step)
                 left.plot(shown, step or len(shares), marker if step else "^", color=colour)
             distance = distance_to_teacher(folder / "fkl_warmup")
+            pairs.append((distance, accuracy))
             name = f"prior {point.prior:.2g}%" if seed == seeds[0] else None
             right.plot(distance, accuracy, "o", color=colour, label=name)
         steps = [
@@ -182,6 +184,8 @@ def draw_law(points: list[Point], seeds: tuple[int, ...], path: Path) -> None:
         lines.append([f"{point.prior:.2f}", f"{point.successes:.3f}", f"{expected:.1f}", *steps])
     header = ["prior, %", "p, %", "a success expected at step", "measured", "half of a step"]
     print(markdown(header, lines))
+    rho, p = spearmanr(*zip(*pairs, strict=True))
+    print(f"KL after the warmup and accuracy after OPD: Spearman's {rho:.2f} (p = {p:.2f})")
     ends = [1, max(left.get_xlim()[1], left.get_ylim()[1])]
     left.plot(ends, ends, color="black", linewidth=0.8)
     left.set(xscale="log", yscale="log", xlabel="steps until a success, expected from the prior")

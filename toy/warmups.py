@@ -16,6 +16,7 @@ import matplotlib
 from common.run.process import start
 from toy.studies import (
     bridge,
+    difference,
     distance_to_teacher,
     draw_with_interval,
     make_student,
@@ -28,6 +29,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  behind the choice of a backend
 
 STEPS, LENGTHS = 40, (0, 1, 2, 3, 5, 10, 20, 40)
+BASE = LENGTHS.index(5)  # the others are compared with it, seed by seed
 
 
 @dataclass
@@ -81,6 +83,8 @@ def main(args: Args) -> None:
         accuracies = [measure(args, use, length) for length in LENGTHS]
         apart = [distances(args, use, length) for length in LENGTHS]
         lines.append([f"{use:g}", *map(mean_and_interval, accuracies)])
+        paired = [mean_and_interval(difference(a, accuracies[BASE]), "+") for a in accuracies]
+        lines.append([f"  above {LENGTHS[BASE]}, points", *paired])
         lines.append(["  KL after it", *(f"{statistics.fmean(d):.3f}" for d in apart)])
         draw_with_interval(left, list(LENGTHS), accuracies, name)
         right.plot(sum(apart[:-1], []), sum(accuracies[:-1], []), "o", label=name)
