@@ -12,8 +12,8 @@ STUDY = Path(__file__).parents[1] / "docs" / "study"
 ROWS = {  # title in results.json -> label and colour
     "untrained student": ("untrained student", "#8c8c8c"),
     "cold: GRPO (all)": ("cold GRPO", "#d9762b"),
-    "RL teacher: FKL, OPD (1H), GRPO (2H)": ("bridge (half)", "#1f6fb4"),
-    "cold: GRPO (all), flops of full": ("cold at equal compute", "#dfaf8b"),
+    "RL teacher: FKL, OPD (1H), GRPO (2H)": ("the whole route (half)", "#1f6fb4"),
+    "cold: GRPO (all), flops of full": ("cold GRPO, compute of full", "#dfaf8b"),
 }
 
 
