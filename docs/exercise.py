@@ -45,8 +45,10 @@ def main() -> None:
     before, body, after = parts(file.read_text("utf-8"), name)
     if args.solve and not solution.exists():
         sys.exit(f"exercise {args.number} was not begun: there is no {solution.name}")
-    if not args.solve and solution.exists():
-        sys.exit(f"exercise {args.number} was begun already; --solve first")
+    begun = [int(path.stem[9:]) for path in (ROOT / "docs").glob("exercise_*.txt")]
+    for other in begun if not args.solve else ():
+        if function_of(other) == (name, file):
+            sys.exit(f"exercise {other} was begun, in the same function; --solve it first")
     if args.solve:
         new = solution.read_text("utf-8")
         solution.unlink()

@@ -114,6 +114,7 @@ def test_an_exercise_is_begun_and_solved_beside_others(tmp_path):
     assert texts[4] == texts[0]
     assert all(compile(text, "grpo.py", "exec") for text in texts)
     assert [script("2"), script("2"), script("3", "--solve"), script("99")] == [0, 1, 1, 1]
+    assert [script("5"), script("4"), script("5", "--solve"), script("4")] == [0, 1, 0, 0]
 
 
 @pytest.mark.slow

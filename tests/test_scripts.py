@@ -528,6 +528,18 @@ def test_another_config_leaves_the_folder_alone(trained):
     check_refusal(folder, before, done.returncode, done.stderr, message)
 
 
+def test_other_code_is_told(trained, tmp_path):
+    folder = shutil.copytree(trained / "grpo", tmp_path / "grpo")
+    told = f"the code has changed since {folder} was begun"
+    assert told not in run("grpo", *TRAINERS["grpo"], "--output_dir", folder).stdout
+    config = json.loads((folder / "config.json").read_text())
+    config["environment"]["source_hash"] = "0123456789abcdef"
+    (folder / "config.json").write_text(json.dumps(config))
+    done = run("grpo", *TRAINERS["grpo"], "--output_dir", folder)
+    assert done.returncode == 0
+    assert told in done.stdout
+
+
 HEALTHY = {"rollout/truncated": 0.1, "rollout/no_answer": 0.1, "rollout/length": 20.0}
 HEALTHY |= {"rollout/accuracy": 0.5, "policy/entropy": 1.0}
 
