@@ -1,7 +1,7 @@
 """Empty a function of docs/exercises.md, or some of its lines, or put the solution back.
 
-python docs/exercise.py 2             # its body goes to docs/exercise_2.txt
-python docs/exercise.py 2 --solve     # and comes back; other exercises stay as they are
+python docs/exercise.py 2             # what was there goes to docs/exercise_2.txt
+python docs/exercise.py 2 --solve     # and comes back in place of yours
 """
 
 import argparse
@@ -11,18 +11,18 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-EMPTY = "raise NotImplementedError\n"
 
 
 def exercise_of(number: int) -> tuple[str, Path, tuple[str, ...]]:
-    """Return the name of an exercise's function, its file, and how the first and the last line
-    begin that are to be written; none: all of the body."""
+    """Return the name of an exercise's function, its file, and how the lines begin behind and
+    before which it is emptied; none: all of the body."""
     page = (ROOT / "docs/exercises.md").read_text("utf-8")
     section = re.search(rf"^## {number}\. .+?(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
     if section is None:
         sys.exit(f"there is no exercise {number}")
     name, file = re.search(r"^\[`(\w+)`\]\(\.\./(\S+\.py)#", section[0], re.MULTILINE).groups()
-    ends = re.search(r"\(The lines from `(.+)`\s+to\s+`(.+)`\s+are\s+emptied\.\)", section[0])
+    between = r"\(The\s+lines\s+between\s+`(.+?)`\s+and\s+`(.+?)`\s+are\s+emptied\.\)"
+    ends = re.search(between, section[0])
     return name, ROOT / file, ends.groups() if ends else ()
 
 
@@ -35,10 +35,35 @@ def parts(text: str, function: str, ends: tuple[str, ...] = ()) -> tuple[str, st
     lines = text.splitlines(keepends=True)
     first, last = body[0].lineno - 1, node.end_lineno
     if ends:
-        begin = [i for i in range(first, last) if lines[i].strip().startswith(ends[0])]
-        until = [i for i in range(first, last) if lines[i].strip().startswith(ends[1])]
-        first, last = begin[0], until[-1] + 1
+        begins = [lines[i].strip().startswith for i in range(first, last)]
+        behind, before = (next(i for i, b in enumerate(begins, first) if b(e)) for e in ends)
+        first, last = behind + 1, before
     return "".join(lines[:first]), "".join(lines[first:last]), "".join(lines[last:])
+
+
+def begin(number: int, file: Path, name: str, ends: tuple[str, ...]) -> None:
+    """Put marks in the place of the solution, for the reader's own lines to stand between."""
+    try:
+        before, body, after = parts(file.read_text("utf-8"), name, ends)
+    except SyntaxError as error:
+        sys.exit(f"{file.name}, line {error.lineno}: {error.msg}; mend it first")
+    indent = re.match(r" +", body)[0]
+    marks = [f"{indent}# exercise {number}: {end}\n" for end in ("begin", "end")]
+    (ROOT / "docs" / f"exercise_{number}.txt").write_text(body, "utf-8")
+    empty = f"{marks[0]}{indent}raise NotImplementedError\n{marks[1]}"
+    file.write_text(before + empty + after, "utf-8")
+
+
+def solve(number: int, file: Path, solution: Path) -> None:
+    """Put the solution in the place of what stands between the marks, Python or not."""
+    text = file.read_text("utf-8")
+    mark = rf"^ *# exercise {number}: {{}}\n"
+    found = re.search(f"{mark.format('begin')}.*{mark.format('end')}", text, re.M | re.DOTALL)
+    if found is None:
+        sys.exit(f"{file.name} has no line '# exercise {number}: begin', or no such end")
+    right = solution.read_text("utf-8")
+    file.write_text(text[: found.start()] + right + text[found.end() :], "utf-8")
+    solution.unlink()
 
 
 def main() -> None:
@@ -48,23 +73,12 @@ def main() -> None:
     args = parser.parse_args()
     name, file, ends = exercise_of(args.number)
     solution = ROOT / "docs" / f"exercise_{args.number}.txt"
-    if args.solve and not solution.exists():
-        sys.exit(f"exercise {args.number} was not begun: there is no {solution.name}")
-    begun = [int(path.stem[9:]) for path in (ROOT / "docs").glob("exercise_*.txt")]
-    for other in begun if not args.solve else ():
-        if exercise_of(other)[:2] == (name, file):
-            sys.exit(f"exercise {other} was begun, in the same function; --solve it first")
-    text = file.read_text("utf-8")
+    if args.solve != solution.exists():
+        sys.exit(f"exercise {args.number} was {'not begun' if args.solve else 'begun already'}")
     if args.solve:
-        before, _, after = parts(text, name)
-        new = solution.read_text("utf-8")
-        solution.unlink()
+        solve(args.number, file, solution)
     else:
-        before, body, after = parts(text, name)
-        solution.write_text(body, "utf-8")
-        before, body, after = parts(text, name, ends)
-        new = re.match(r" +", body)[0] + EMPTY
-    file.write_text(before + new + after, "utf-8")
+        begin(args.number, file, name, ends)
     print(f"{name} in {file.relative_to(ROOT)} is {'solved' if args.solve else 'yours to write'}")
 
 

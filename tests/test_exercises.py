@@ -106,15 +106,20 @@ def test_an_exercise_is_begun_and_solved_beside_others(tmp_path):
         command = [sys.executable, str(tmp_path / "docs" / "exercise.py"), *words]
         return subprocess.run(command, capture_output=True).returncode
 
-    texts = [(tmp_path / "grpo.py").read_text()]
-    for words in (["2"], ["3"], ["2", "--solve"], ["3", "--solve"]):
+    file = tmp_path / "grpo.py"
+    texts = [file.read_text()]
+    for words in (["4"], ["5"], ["3"], ["4", "--solve"], ["3", "--solve"], ["5", "--solve"]):
         assert script(*words) == 0
-        texts.append((tmp_path / "grpo.py").read_text())
-    assert [text.count("raise NotImplementedError") for text in texts] == [0, 1, 2, 1, 0]
-    assert texts[4] == texts[0]
-    assert all(compile(text, "grpo.py", "exec") for text in texts)
+        texts.append(file.read_text())
+        assert compile(texts[-1], "grpo.py", "exec")
+    emptied = [text.count("raise NotImplementedError") for text in texts]
+    assert emptied == [0, 1, 2, 3, 2, 1, 0]
+    assert texts[6] == texts[0]
     assert [script("2"), script("2"), script("3", "--solve"), script("99")] == [0, 1, 1, 1]
-    assert [script("5"), script("4"), script("5", "--solve"), script("4")] == [0, 1, 0, 0]
+    file.write_text(file.read_text().replace("raise NotImplementedError", "x = ("))
+    assert script("3") == 1  # what is no Python cannot be taken apart
+    assert script("2", "--solve") == 0  # but put right
+    assert file.read_text() == texts[0]
 
 
 @pytest.mark.slow

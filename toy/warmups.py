@@ -79,7 +79,7 @@ def main(args: Args) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), constrained_layout=True)
     lines = []
     for use in args.uses:
-        name = f"tuned to a use of {use:.1%}"
+        name = f"tuned to a prior of {use:.1%}"
         accuracies = [measure(args, use, length) for length in LENGTHS]
         apart = [distances(args, use, length) for length in LENGTHS]
         lines.append([f"{use:g}", *map(mean_and_interval, accuracies)])
