@@ -394,6 +394,7 @@ def test_a_closed_terminal_ends_the_run_after_a_saved_step(script, tmp_path):
     command = [sys.executable, str(ROOT / f"{script}.py"), *flags, "--output_dir", str(folder)]
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
         os.execve(sys.executable, command, ENVIRONMENT)
     metrics, until = run / "metrics.jsonl", time.monotonic() + 120
     while not metrics.exists() or len(metrics_of(run)) < 3:
