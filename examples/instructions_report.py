@@ -1,6 +1,14 @@
-"""What SmolLM2 learned of examples/tasks/instructions.py at each stage, and what it forgot.
+"""Report of SmolLM2 on examples/tasks/instructions.py: what each stage learned, what it forgot.
 
-    python examples/instructions_report.py       # after the commands of docs/pretrained.md; resumes
+    python examples/smollm2.py
+    TASK="--task examples/tasks/instructions.py --dtype bfloat16 --max_prompt_tokens 256"
+    python grpo.py $TASK --model runs/smollm2/model --learning_rate 2e-5 --warmup_steps 3 \
+        --temperature 0.7 --max_new_tokens 48 --kl_coef 0 --prompts_per_step 12 --group_size 8 \
+        --num_steps 40 --output_dir runs/instructions_teacher
+    python bridge.py $TASK --teacher runs/smollm2/model --student runs/smollm2/model \
+        --trained_teacher runs/instructions_teacher/final --preset examples/instructions.json \
+        --routes half --seeds 0 1 2 --output_dir runs/instructions
+    python examples/instructions_report.py       # resumes
 
 Prints two tables. One has the share of constraints that each model meets, by kind. The other has
 two skills that no reward asked for: the sums and differences of examples/smollm2.py, avg@4 on 50

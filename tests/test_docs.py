@@ -58,6 +58,14 @@ def test_pages_are_few_and_short():
     assert sum(lengths) <= 2200
 
 
+def test_no_path_of_a_machine_is_told():
+    kinds = {".md", ".json", ".jsonl", ".txt", ".ipynb", ".svg"}
+    for path in (ROOT / "docs").rglob("*"):
+        if path.suffix in kinds:
+            found = re.search(r"/(?:tmp|home|root|work)/\S*", path.read_text())
+            assert not found, f"{path.relative_to(ROOT)}: {found[0]}"
+
+
 @every_page
 def test_links_lead_somewhere(page):
     for path, anchor in links(page):

@@ -54,7 +54,7 @@ def claim_folder(folder: Path, config: dict[str, object], args_type: type) -> No
         check(not differences, message + "; choose another --output_dir")
         if old.get("sources") != config["sources"]:  # other bytes, the same rows
             write_json(path, old | {"sources": config["sources"]})
-        if old["environment"]["source_hash"] != hash_of_code():
+        if old.get("environment", {}).get("source_hash") != hash_of_code():
             print(f"the code has changed since {folder} was begun; a new --output_dir starts anew")
         return
     if folder.exists():
