@@ -1,6 +1,6 @@
 """The best length of the warmup: FKL and OPD share 40 steps; the warmup takes none to all of them.
 
-    python -m toy.warmups                        # two students x 8 lengths x 5 seeds; resumes
+    python -m toy.warmups                        # two students x 9 lengths x 5 seeds; resumes
 
 Writes warmups.png: accuracy after FKL and OPD over the warmup's length, and over the student's
 distance to its teacher where OPD begins, for each student.
@@ -28,7 +28,7 @@ from workflow.report import markdown
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  behind the choice of a backend
 
-STEPS, LENGTHS = 40, (0, 1, 2, 3, 5, 10, 20, 40)
+STEPS, LENGTHS = 40, (0, 1, 2, 3, 4, 5, 10, 20, 40)
 BASE = LENGTHS.index(5)  # the others are compared with it, seed by seed
 
 
