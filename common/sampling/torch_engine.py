@@ -181,10 +181,12 @@ class TorchEngine:
     def _forward(self, ids, padding, cache) -> torch.Tensor:
         """Return the logits [B, V] of the last of the columns ids [B, T], which the cache takes in.
         padding: None, or [B, 1], how many columns of padding each row begins with."""
-        where = {"past_key_values": cache}
+        # By a slice (logits_to_keep=1) F.linear would copy a frozen head for each of the prompts.
+        last = torch.arange(ids.shape[1] - 1, ids.shape[1], device=ids.device)
+        where = {"past_key_values": cache, "logits_to_keep": last}
         if padding is not None:
             first = cache.get_seq_length()
             columns = torch.arange(first + ids.shape[1], device=ids.device)
             where["attention_mask"] = columns >= padding
             where["position_ids"] = (columns[first:] - padding).clamp(min=0)
-        return self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **where).logits[:, -1]
+        return self.model(input_ids=ids, use_cache=True, **where).logits[:, -1]
