@@ -1,4 +1,5 @@
 import random
+import signal
 import subprocess
 import sys
 
@@ -26,6 +27,12 @@ def generate(engine, prompts: list[list[int]], group_size: int, seed=(SEED,), **
     for number, rollout in enumerate(rollouts):
         rollout.key = (*seed, number)
     return rollouts
+
+
+def pytest_configure() -> None:
+    """A shell ignores SIGINT for what a script runs in the background, and children inherit that:
+    tests that send it would wait for ever."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:
