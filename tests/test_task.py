@@ -143,6 +143,16 @@ def test_rows_that_cannot_be_asked(tmp_path, returned, message):
                 task.problems(rows, "dataset d")
 
 
+def test_a_stall_while_rows_are_read_ends_nothing(tmp_path):
+    """A busy machine makes calls late that are quick by themselves."""
+    code = (
+        "import time\ndef prompt(row): return time.sleep(1) or 'p'\n"
+        + "def grade(completion, row): return 1\n"
+    )
+    with Task(write(tmp_path, code), timeout_s=0.5) as task:
+        assert [problem.text for problem in task.problems([{}], "d")] == ["p"]
+
+
 def test_rows_that_prompt_or_gold_refuses(tmp_path):
     """A ValueError is a word about the row; any other exception is the task's own mistake."""
     code = (

@@ -134,14 +134,16 @@ class WorkerPool:
                 worker.end()
             self._workers.clear()
 
-    def call(self, function: str, arguments: Sequence[Sequence]) -> list[Reply]:
-        """Return the replies of function(*a) for each a of `arguments`, in order. Raises UserError
-        if the task file cannot be imported."""
+    def call(
+        self, function: str, arguments: Sequence[Sequence], patience: float = 1.0
+    ) -> list[Reply]:
+        """Return the replies of function(*a) for each a of `arguments`, in order. patience: a
+        factor of their deadline. Raises UserError if the task file cannot be imported."""
         pending, replies = enumerate(arguments), {}
 
         def ask_in_turn(number: int) -> None:
             for index, values in pending:
-                replies[index] = self._ask(number, (function, *values))
+                replies[index] = self._ask(number, (function, *values), patience)
 
         with self._calling, ThreadPoolExecutor(self.num_workers) as threads:
             self._closed = False
@@ -152,13 +154,13 @@ class WorkerPool:
                 raise
         return [replies[index] for index in range(len(arguments))]
 
-    def _ask(self, number: int, request: Sequence) -> Reply:
+    def _ask(self, number: int, request: Sequence, patience: float) -> Reply:
         """Ask a thread's worker. One that dies may have been killed by an earlier call, if there
         was one: its successor is asked again."""
-        worker = self._worker(number)
-        reply = worker.ask(request, self.timeout_s)
+        worker, deadline_s = self._worker(number), patience * self.timeout_s
+        reply = worker.ask(request, deadline_s)
         if reply.kind == "died" and worker.number > 2:
-            reply = self._worker(number).ask(request, self.timeout_s)
+            reply = self._worker(number).ask(request, deadline_s)
         return reply
 
     def _worker(self, number: int) -> _Worker:

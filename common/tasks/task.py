@@ -14,9 +14,10 @@ from functools import partial
 from common.run.errors import UserError, check
 from common.run.inputs import task_path
 from common.run.ranks import on_first_of_host, on_first_rank
-from common.tasks.pool import STARTUP_S, Reply, WorkerPool
+from common.tasks.pool import Reply, WorkerPool
 
 OUTCOMES = ("correct", "partial", "wrong", "no_answer", "timeout", "crash")
+PATIENCE = 10  # in deadlines, where lateness would end the run: a busy machine stalls for seconds
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Task:
         is_task = self.file.is_file() and self.file.suffix == ".py"
         check(is_task, f"there is no task {name}; give math or a .py file")
         self.sources: dict[str, str | None] = {}  # of the rows read so far: a hash of each
-        self.pool = WorkerPool(self.file, STARTUP_S)
+        self.pool = WorkerPool(self.file)
         (declared,) = on_first_rank(lambda: self._values("declarations", [()]))
         self.pool.timeout_s = declared["grade_timeout"] if timeout_s is None else timeout_s
         self.columns: dict[str, Sequence[str]] = declared["columns"]
@@ -69,7 +70,7 @@ class Task:
 
     def _values(self, function: str, arguments: Sequence[Sequence]) -> list:
         """Return what is returned for each of `arguments`; any failure is the user's mistake."""
-        replies = self.pool.call(function, arguments)
+        replies = self.pool.call(function, arguments, PATIENCE)
         failed = [reply.value for reply in replies if reply.kind != "value"]
         check(not failed, f"task {self.name}: {failed and failed[0]}")
         return [reply.value for reply in replies]
@@ -85,10 +86,10 @@ class Task:
     ) -> list[Problem | str]:
         """Return a problem of each row, or a text that says why the row cannot be used. numbers: of
         the rows in their source. Raises UserError for a mistake in the task's code."""
-        first = self.pool.call("describe", [rows[:1]])  # if it hangs, once
+        first = self.pool.call("describe", [rows[:1]], PATIENCE)  # if it hangs, once
         if first[0].kind != "value":
             rows = rows[:1]
-        replies = first + self.pool.call("describe", [[row] for row in rows[1:]])
+        replies = first + self.pool.call("describe", [[row] for row in rows[1:]], PATIENCE)
         problems: list[Problem | str] = []
         numbers = numbers or range(1, len(rows) + 1)
         for number, row, reply in zip(numbers, rows, replies, strict=False):
