@@ -1,6 +1,6 @@
 """Where a transfer's signal goes: samples per prompt, problems, and the horizon.
 
-    python -m toy.allocation                     # resumes; --seeds 71 for a part of it
+    python -m toy.allocation                     # resumes; --seeds 141 for a part of it
 
 Warmup and OPD with steps of 192 completions: 12 prompts x 16 samples, 24 x 8, 48 x 4, 192 x 1;
 then GRPO. After a warmup of 12 x 16: OPD of 12 x 16, which meets 288 problems in its 24 steps; of
@@ -28,7 +28,7 @@ STAGES = {"FKL": "half/fkl_warmup", "OPD": "half/opd", "GRPO": "half/student_grp
 class Args:
     output_dir: Path = Path("runs/allocation")
     """every run"""
-    seeds: tuple[int, ...] = (71, 72, 73, 74, 75)
+    seeds: tuple[int, ...] = (141, 142, 143, 144, 145)
     """of every trained stage"""
     jobs: int = 2
     """stages at the same time"""

@@ -2,7 +2,7 @@
 route makes of them.
 
     python -m toy.map                            # 5 students x 5 seeds: hours; resumes
-    python -m toy.map --uses 0.02 --seeds 51     # a part of it, in the same folder
+    python -m toy.map --uses 0.02 --seeds 121    # a part of it, in the same folder
 
 Students of one skill differ in their prior: how often they work step by step. Writes map.png (the
 accuracy of each route over the prior, and bridge minus cold GRPO at equal labels, tokens and FLOPs)
@@ -62,7 +62,7 @@ class Args:
     """students, runs, and the two pictures"""
     uses: tuple[float, ...] = (0.001, 0.005, 0.02, 0.08, 0.3)
     """how often each student is tuned to begin step by step"""
-    seeds: tuple[int, ...] = (51, 52, 53, 54, 55)
+    seeds: tuple[int, ...] = (121, 122, 123, 124, 125)
     """of every trained stage"""
     jobs: int = 2
     """stages at the same time"""
