@@ -56,7 +56,8 @@ def judge(
     said = [said_answer if "answer is" in g or r"\\boxed" in g else extract_answer for g in golds]
     golds = [read(gold) or gold for read, gold in zip(said, golds, strict=True)]
     asked = [i for i, answer in enumerate(answers) if answer is not None]
-    replies = pool.call("is_right", [[answers[i], golds[i]] for i in asked])
+    # The verdict is measured, not the machine: a busy one takes seconds for what needs one tenth.
+    replies = pool.call("is_right", [[answers[i], golds[i]] for i in asked], patience=10)
     outcomes = dict.fromkeys(range(len(texts)), "no_answer")
     for i, reply in zip(asked, replies, strict=True):
         kinds = {"timeout": "timeout", "error": "crash", "died": "crash"}

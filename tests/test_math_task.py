@@ -54,7 +54,7 @@ def pairs(table: str) -> list[tuple[str, str]]:
 
 
 def verdicts(task, table: list[tuple[str, str]]) -> dict:
-    replies = task.pool.call("is_right", [list(pair) for pair in table])
+    replies = task.pool.call("is_right", [list(pair) for pair in table], patience=5)
     return {pair: reply.value for pair, reply in zip(table, replies, strict=True)}
 
 
