@@ -37,17 +37,22 @@ def write_step(run, number: int, rows: list[tuple[float, str]]) -> None:
     (run / "rollouts").mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"reward": reward, "completion": text}) for reward, text in rows]
     (run / "rollouts" / f"step_{number}.jsonl").write_text("\n".join(lines))
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": number}) + "\n")
 
 
 def test_a_success_is_a_rewarded_completion_of_the_good_way(tmp_path):
     write_step(tmp_path, 1, [(1.0, r"\boxed{3}"), (0.0, r"1+1=3;\boxed{3}")])
-    write_step(tmp_path, 10, [(1.0, r"1+1=2;\boxed{2}"), (1.0, r"1+2=3;\boxed{3}")])
     write_step(tmp_path, 2, [(1.0, r"1+2=3;\boxed{3}"), (0.0, r"\boxed{3}")])
+    write_step(tmp_path, 3, [(1.0, r"1+1=2;\boxed{2}"), (1.0, r"1+2=3;\boxed{3}")])
     shares = toy_map.success_shares(tmp_path)
-    assert shares == [0.0, 0.5, 1.0]  # by number, not by name
+    assert shares == [0.0, 0.5, 1.0]
     assert toy_map.first_above(0.0, shares) == 2
     assert toy_map.first_above(0.5, shares) == 3
     assert toy_map.first_above(0.0, shares[:1]) is None
+    (tmp_path / "rollouts" / "step_2.jsonl").unlink()  # as --keep_rollouts does
+    with pytest.raises(UserError, match="step_2"):  # not: a first success at "step 2", which is 3
+        toy_map.success_shares(tmp_path)
 
 
 def test_teachers_are_shared_and_students_are_not(tmp_path):

@@ -102,7 +102,8 @@ def measure(args: Args, use: float) -> Point:
 def preset_of(rate: float, folder: Path) -> Path:
     """Return a file that sets cold GRPO's rate."""
     preset = folder.parent / f"cold_{rate:g}.json"
-    preset.write_text(json.dumps({"cold_grpo": {"learning_rate": rate}}), "utf-8")
+    settings = {"learning_rate": rate, "keep_rollouts": 1000}  # the law reads every step's
+    preset.write_text(json.dumps({"cold_grpo": settings}), "utf-8")
     return preset
 
 
@@ -121,8 +122,9 @@ def is_success(row: dict) -> bool:
 
 
 def success_shares(run: Path) -> list[float]:
-    """Return the share of each step's completions that are a success."""
-    steps = sorted((run / "rollouts").glob("step_*.jsonl"), key=lambda f: int(f.stem[5:]))
+    """Return the share of each step's completions that are a success, from the first step on."""
+    number_of_steps = len((run / "metrics.jsonl").read_text("utf-8").splitlines())
+    steps = [run / "rollouts" / f"step_{n}.jsonl" for n in range(1, number_of_steps + 1)]
     return [statistics.fmean(map(is_success, read_file(file))) for file in steps]
 
 
