@@ -1,7 +1,7 @@
 """The map of when the bridge pays: students that use the good way more or less often, and what each
 route makes of them.
 
-    python -m toy.map                            # 5 students x 5 seeds: hours; resumes
+    python -m toy.map                            # 5 students x 5 seeds: two hours; resumes
     python -m toy.map --uses 0.02 --seeds 121    # a part of it, in the same folder
 
 Students of one skill differ in their prior: how often they work step by step. Writes map.png (the
