@@ -3,8 +3,8 @@ r"""Tokens a second of the two rollout engines, in alternation in one process; c
 Every completion is sampled to its full length (no token ends one), so that both do the same work.
 
     python -m benchmarks.rollout --backend vllm                         # the toy student, 256 x 64
-    python -m benchmarks.rollout --backend vllm --model SMOLLM2 --prompts 4 --group_size 8 \
-        --dtype bfloat16
+    python -m benchmarks.rollout --backend vllm --model runs/smollm2/model \
+        --dataset runs/smollm2/train.jsonl --prompts 4 --group_size 8 --dtype bfloat16
 """
 
 import statistics
