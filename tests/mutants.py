@@ -29,7 +29,9 @@ LOAD, LORA, SAVE = (f"common/model/{name}.py" for name in ("load", "lora", "save
 SHARD, TOKENIZER = "common/model/shard.py", "common/model/tokenizer.py"
 SAMPLER, ENGINE = "common/sampling/sampler.py", "common/sampling/torch_engine.py"
 ROLLOUT, BATCHES = "common/sampling/rollout.py", "common/sampling/batches.py"
-POOL = "common/tasks/pool.py"
+POOL, TASK, ROWS, DATA, MATH = (
+    f"common/tasks/{name}.py" for name in ("pool", "task", "rows", "data", "math")
+)
 
 # (targets of pytest, their changes: (file, text that is in it once, what takes its place)).
 # fmt: off
@@ -129,11 +131,20 @@ MUTANTS = [
         (LOAD, "torch.float32 if trainable else DTYPES[dtype]", "DTYPES[dtype]"),
         (TOKENIZER, "special.intersection(behind)", "set(behind)"),
     ]),
-    # --- grading and evaluation ---
+    # --- data, grading and evaluation ---
+    ("tests/test_data.py tests/test_math_task.py", [
+        (ROWS, "if len(dict(pairs)) < len(pairs):", "if False:"),
+        (DATA, "dict.fromkeys((*held_out, *evaluated))", "dict.fromkeys(held_out)"),
+        (DATA, "texts = [text or problem.text", "texts = [text"),
+        (MATH, ' if form in ("", ",") else [answer]', ""),
+        (MATH, "|(?<![A-Za-z])(?:and|or)WORD|;)", "|;)"),
+    ]),
     ("tests/test_task.py", [
         (POOL, "and worker.number > 2:", "and False:"),
         (POOL, '"it takes too long", note)', '"it takes too long")'),
         (POOL, "if worker and worker.process.poll() is None:", "if worker:"),
+        (TASK, '["grade_timeout"] if timeout_s is None else timeout_s', '["grade_timeout"]'),
+        (TASK, "            rows = rows[:1]", "            pass"),
     ]),
     ("tests/test_evaluate.py tests/test_report.py", [
         (EVALUATE, "seed=(*seed, first), **s", "seed=(*seed, 0), **s"),

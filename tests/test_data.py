@@ -88,6 +88,8 @@ def test_parquet(task, tmp_path):
         ('{"text": "1+1", "label": "2"}\n', "no column problem or question or prompt, only text"),
         ('{"problem": "1+1"}\n', "no column answer or solution"),
         ('{"problem": "a", "answer": "1"}\n{"problem": \n', "line 2: not JSON"),
+        ('{"problem": "a", "problem": "b"}\n', "line 1: not JSON .a column stands twice"),
+        pytest.param("[" * 100_000, "line 1: not JSON .nested too deep", id="nested"),
         ("[1]\n", "line 1: not a JSON object"),
         ('[["a", "1"]]\n', 'name the columns, as {"problem": "1'),
         ('{"problem": "a", "answer": "work ####"}\n', "1 of 1 .* row 1: .*no answer"),
@@ -128,11 +130,13 @@ def test_files(task, tmp_path, name, content):
 
 def test_csv_keeps_texts_as_they_stand(task, tmp_path):
     path = tmp_path / "d.csv"
-    path.write_text('problem,answer\n"a, b\nor c",0.50\nd,NA\ne,007\n')
+    long = "f" * 200_000  # csv's own limit is 131,072
+    path.write_text(f'problem,answer\n"a, b\nor c",0.50\nd,NA\ne,007\n{long},1\n')
     assert pairs(data.load_problems(task, str(path))) == [
         ("a, b\nor c", "0.50"),
         ("d", "NA"),
         ("e", "007"),
+        (long, "1"),
     ]
 
 
@@ -146,6 +150,7 @@ def test_csv_keeps_texts_as_they_stand(task, tmp_path):
         ),
         ("d.csv", "problem,answer,answer\na,1,2\n", "a column stands twice"),
         ("d.csv", "problem,answer\n\xff,1\n", "after line 0: not CSV .*utf-8"),
+        ("d.parquet", "PAR1", "d.parquet is no parquet file: "),
         ("d.json", '[["1+1", "2"]]', 'row 1: not a JSON object; name the columns, as {"problem"'),
         ("d.json", '[{"problem": "a",', "line 1: not JSON"),
         ("d.json", '{"data": [{"problem": "a"}]}', "no column problem .* only data"),
@@ -172,6 +177,12 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(task, tmp_path, capsy
     assert "7 rows, 1 duplicates merged" in printed
     with pytest.raises(UserError, match="2 of 3 different rows cannot be used, .* name other"):
         data.load_problems(task, write(tmp_path / "e.jsonl", rows[:2] + rows[6:8][:1]))
+
+
+def test_gold_answers_that_cannot_be_read_are_counted(task, tmp_path, capsys):
+    rows = [ROW, {"problem": "a", "answer": "@@@"}, {"problem": "b", "answer": "@@"}]
+    assert len(data.load_problems(task, write(tmp_path / "d.jsonl", rows))) == 3
+    assert "2 rows with a warning, the first: gold answer '@@@'" in capsys.readouterr().out
 
 
 def test_a_column_is_there_if_any_row_has_a_value(task, tmp_path):
@@ -308,6 +319,7 @@ def test_duplicates_conflicts_and_contamination(task, tmp_path, capsys):
         ("a_n", "an", False),
         ("1, 2, ..., 10", "1, 2, 10", False),
         ("5+7? Give your answer in base 8.", "5+7? Give your answer in base 9.", False),
+        ("x" * 20_001, "x" * 20_001 + ".", False),  # so long, it is compared as it stands
     ],
 )
 def test_problems_are_the_same_by_letters_numbers_brackets_and_signs(one, other, same):
@@ -382,6 +394,11 @@ def test_an_instruction_is_no_contamination_and_hides_none(
     assert [problem.text for problem in kept] == [row["problem"].strip() for row in rows[3:]]
 
 
+def test_a_problem_of_nothing_but_the_shared_words_keeps_them(task):
+    problems = [problem_of(f"Say{word}", "1") for word in (" a", " b", " c", "")]
+    assert [text for text, _ in data.without_prompt(task, problems)] == ["a", "b", "c", "Say"]
+
+
 @pytest.mark.parametrize("copies", [1, 3, 32])
 def test_repeated_rows_of_an_evaluation_set_count_once(task, tokenizer, tmp_path, capsys, copies):
     """A template is what three problems share, not what three copies of one do."""
@@ -410,6 +427,30 @@ def test_a_problem_with_two_gold_answers_is_evaluated_as_two(task, tmp_path, cap
     assert told in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("decontaminate", "eval_dataset", "left"),
+    [
+        (None, None, ["1+1", "1+2"]),  # the task's first benchmark, which --eval_every would take
+        (None, "mine.jsonl", ["1+2", "of the toy"]),
+        (("mine.jsonl",), None, ["1+2"]),
+        ((), "mine.jsonl", ["1+2", "of the toy"]),
+    ],
+)
+def test_training_leaves_out_what_is_named_or_evaluated(
+    task, tokenizer, tmp_path, monkeypatch, decontaminate, eval_dataset, left
+):
+    monkeypatch.chdir(tmp_path)
+    toy = json.loads((ROOT / "toy" / "test.jsonl").read_text().splitlines()[0])
+    write(tmp_path / "mine.jsonl", [ROW])
+    write(tmp_path / "d.jsonl", [ROW, {"problem": "1+2", "answer": "3"}, toy])
+    args = opd.Args(dataset="d.jsonl", decontaminate=decontaminate, eval_dataset=eval_dataset)
+    texts = [prompt.problem.text for prompt in data.training_prompts(task, tokenizer, args)]
+    assert texts == [toy["problem"] if text == "of the toy" else text for text in left]
+    assert data.evaluation_prompts(task, tokenizer, args) == []
+    args.eval_every = 1
+    assert len(data.evaluation_prompts(task, tokenizer, args)) == (1 if eval_dataset else 512)
+
+
 @pytest.mark.parametrize("name", ["mine.jsonl", "mine.json", "mine.csv", "mine.parquet", "toy"])
 def test_a_local_file_is_checked_against_what_its_owner_names(task, name):
     assert data.default_decontamination(task, name) == ()
@@ -427,6 +468,9 @@ def test_halves_are_fixed_by_the_text_alone(task, tmp_path):
     assert 150 < len(first) < 250
     again = data.load_training_problems(task, shuffled, "1H", [])
     assert set(pairs(again)) < set(pairs(first))
+    path = write(tmp_path / "one.jsonl", [{"problem": first[0].text, "answer": "1"}])
+    with pytest.raises(UserError, match="no problem of .* falls into --split 2H"):
+        data.load_training_problems(task, path, "2H", [])
 
 
 def test_the_toys_halves_do_not_meet_each_other_or_the_test_set(task):

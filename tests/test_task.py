@@ -153,6 +153,23 @@ def test_a_stall_while_rows_are_read_ends_nothing(tmp_path):
         assert [problem.text for problem in task.problems([{}], "d")] == ["p"]
 
 
+def test_a_prompt_that_hangs_is_called_once(tmp_path):
+    calls = tmp_path / "calls"
+    code = f"import time\ndef prompt(row): open({str(calls)!r}, 'a').write('.'), time.sleep(60)\n"
+    own = write(tmp_path, code + GOOD.split("\n")[1])
+    with Task(own, timeout_s=0.05) as task, pytest.raises(UserError, match="takes too long"):
+        task.problems([{"row": n} for n in range(9)], "d")
+    assert calls.read_text() == "."
+
+
+@pytest.mark.parametrize(("timeout_s", "outcome"), [(None, "timeout"), (20, "correct")])
+def test_the_deadline_is_the_tasks_own_unless_one_is_given(tmp_path, timeout_s, outcome):
+    code = "import time\ngrade_timeout = 0.5\n"
+    code += GOOD.replace("return 1.0", "return time.sleep(1) or 1.0")
+    with Task(write(tmp_path, code), timeout_s) as task:
+        assert grade(task, ["a"], ["1"])[0].outcome == outcome
+
+
 def test_rows_that_prompt_or_gold_refuses(tmp_path):
     """A ValueError is a word about the row; any other exception is the task's own mistake."""
     code = (
@@ -319,6 +336,16 @@ def test_a_killed_worker_is_replaced(tmp_path):
         os.kill(pids_of(task)[0], 9)
         task.pool._workers[0].process.wait()
         assert grade(task, ["quick"], ["1"])[0].correct  # it died while idle
+
+
+def test_a_grade_that_hangs_ends_with_its_keeper(tmp_path):
+    code = GOOD.replace("return 1.0", "return time.sleep(60 * (completion == 'hangs')) or 1.0")
+    with Task(write(tmp_path, "import time\n" + code), timeout_s=1) as task:
+        assert grade(task, ["quick"], ["1"])[0].correct
+        pids = pids_of(task)
+        threading.Timer(0.2, os.kill, (pids[0], 9)).start()
+        assert grade(task, ["hangs"], ["1"])[0].outcome == "timeout"  # asked again, in vain
+        assert_gone(pids)
 
 
 def test_a_reply_to_an_earlier_call_is_none_to_this_one(tmp_path):

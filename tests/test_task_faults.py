@@ -212,9 +212,11 @@ def test_no_worker_outlives_a_process_that_is_killed_while_grading(sent):
     """In mid-bomb: nobody is left to enforce the deadline but the worker's keeper."""
     child, pids = start_holder(f"grade(task, [{BOMBS[0]!r}] * 50, [{POWERS!r}] * 50)", timeout_s=60)
     time.sleep(0.5)
+    scratch = Path(os.readlink(f"/proc/{pids[-1]}/cwd"))
     child.send_signal(sent)
     child.wait(timeout=30)
     assert_gone(pids)
+    assert not scratch.exists()
 
 
 def test_training_on_poisoned_completions_finishes(tmp_path):
