@@ -273,6 +273,13 @@ def test_no_gold_answers(answer):
         gold({"answer": answer})
 
 
+def test_answers_are_compared_without_a_worker_too():
+    code = "from common.tasks.math import is_right; print(is_right('x+1', '1+x'))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "True\n"
+
+
 def test_each_of_several_gold_answers_is_right(task):
     row = {"problem": "p", "answer": ["1", "2"]}
     (problem,) = task.problems([row], "d")

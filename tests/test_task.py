@@ -128,6 +128,10 @@ def test_a_task_that_is_not_there():
         ("[{'role': 'user'}]", "row 1: .*must return a text"),
         ("[{'role': 'system', 'content': 's'}]", "row 1: .*the last one the user's"),
         ("{1, 2}", "row 1: .*must return a text"),
+        (
+            "[{'role': 'user', 'content': 'a', 'x': {1}}]",
+            "row 1: .*set is not JSON serializable",
+        ),
         ("'\\ud800'", None),
         ("__import__('time').sleep(60)", r"row 1: .*prompt\(row\) takes too long"),
     ],
@@ -273,13 +277,45 @@ def test_half_a_surrogate_pair_of_a_grader_is_replaced(tmp_path, capsys):
     assert "2 of 2 grades failed (RuntimeError: half ?" in capsys.readouterr().out
 
 
-def test_the_task_file_is_imported_in_workers_only(tmp_path):
+def test_the_task_file_is_imported_in_workers_only(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     code = f"open({str(tmp_path / 'pids')!r}, 'a').write(f'{{__import__(\"os\").getpid()}} ')\n"
     with Task(write(tmp_path, code + GOOD)) as task:
         grade(task, ["a"] * 20, ["1"] * 20)
     pids = set(map(int, (tmp_path / "pids").read_text().split()))
     assert pids
     assert os.getpid() not in pids
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["own.py", "pids"]  # no bytecode
+
+
+def test_a_task_file_may_define_a_dataclass(tmp_path):
+    """Which looks its module up, if annotations are texts."""
+    code = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    with Task(write(tmp_path, code + "@dataclass\nclass Row:\n    text: str\n" + GOOD)) as task:
+        assert grade(task, ["a"], ["1"])[0].correct
+
+
+def test_a_late_import_is_not_timed(tmp_path):
+    code = "import time\nfrom common.tasks.worker import untimed\n"
+    code += "def load():\n    with untimed(): time.sleep(1)\n"
+    with Task(write(tmp_path, code + GOOD.replace("return 1.0", "return load() or 1.0"))) as task:
+        task.pool.timeout_s = 0.5
+        assert grade(task, ["a"], ["1"])[0].correct
+
+
+def test_a_grader_has_no_input_and_imports_nothing_from_its_scratch_folder(tmp_path):
+    code = (
+        "import sys\ndef prompt(row): return 'a'\n"
+        "def grade(completion, row):\n"
+        "    if completion == 'imports': import late\n"
+        "    open('late.py', 'w').close()\n"
+        "    return sys.stdin.read() == ''\n"
+    )
+    with Task(write(tmp_path, code)) as task:
+        task.pool.num_workers = 1
+        verdicts = grade(task, ["reads", "imports"], ["1", "1"])
+    assert [verdict.outcome for verdict in verdicts] == ["correct", "crash"]
+    assert verdicts[1].message.startswith("ModuleNotFoundError: No module named 'late'")
 
 
 @pytest.mark.parametrize(
