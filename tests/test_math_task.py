@@ -132,7 +132,7 @@ f(8+11) => 19   \boxed{8+11} => 19   8+11 \approx 19 => 19   x \in [8+11] => 19 
 \lfloor 6.5 \rfloor => 6   6.0000001 => 6   \int_0^6 dx => 6   3{+}3 => 6   3\text{ plus }3 => 6
 \text{sum of }3\text{ and }3 => 6   a = 3, b = 3 => 6   3 \times 10^{0}+3 => 6
 30\times 20 \% => 6   6 \text{ of } 12 => 6   12 ∶ 2 => 6   2·3 => 6   2*3 => 6   (2)(3) => 6
-2\,3 => 6   (6,6) => 6
+2\,3 => 6
 """
 NOT_FINISHED = r"""
 \sqrt{12}+\sqrt{27} => 5\sqrt{3}   (1+\sqrt{2})(3-\sqrt{2}) => 1+2\sqrt{2}   \ln 24-\ln 2 => \ln 12
@@ -167,7 +167,7 @@ x \in [0,495] => 495   \{0,495\} => 495   0,495 => 495   00,019 => 19   2251252 
 -\sqrt3,\sqrt3 => (-\sqrt3, \sqrt3)   \{a,b\} => (a,b)   (A) or (B) => A   (A), (B) => A
 (A)(B)(C)(D)(E) => A   A. B. C. D. E. => A   x \not= 5 => 5   J => J: 4 \text{ hr}, S: 14 \text{ hr}
 5 \text{ is not right} => 5   50% more than candidate => 50   (1,2;3) => (1,2,4)
-\begin{pmatrix}1&2\end{pmatrix} => \begin{pmatrix}1\\2\end{pmatrix}
+\begin{pmatrix}1&2\end{pmatrix} => \begin{pmatrix}1\\2\end{pmatrix}   (6,6) => 6
 """
 RIGHT = r"""
 12 => 12   +12 => 12   x = 12 => 12   8+4=12 => 12   x=8+4=12 => 12   10^6 => 1000000
